@@ -1,0 +1,24 @@
+PYTHON ?= python3.11
+VENV_PYTHON = .venv/bin/python
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(VENV_PYTHON) main.py --demo
+
+test: .venv/installed-dev
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(VENV_PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,88 @@
+"""A small synthetic data set for `main.py --demo`: close-ups of skin whose wrinkles are graded 0 to 4.
+
+The grade sets number, depth and length of the wrinkles; skin colour, light, pores and the wrinkles' course are drawn
+at random for each patch, so that nothing but the wrinkles tells the grade.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+IMAGES_PER_GRADE = (400, 200, 100, 50, 25)  # as unequal as real grades are
+PATCH_SIZE = 128
+
+
+def write_demo_data(folder, seed):
+    """Write one JPEG a patch to `folder/GRADE/`. -> `folder` as a string."""
+    for grade, count in enumerate(IMAGES_PER_GRADE):
+        grade_folder = Path(folder, str(grade))
+        grade_folder.mkdir(parents=True)
+        for number in range(count):
+            patch = draw_patch(grade, np.random.default_rng((seed, grade, number)))
+            encoded = cv2.imencode(".jpg", cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            (grade_folder / f"patch_{number:03d}.jpg").write_bytes(encoded)
+    return str(folder)
+
+
+def draw_patch(grade, rng, size=PATCH_SIZE):
+    """-> (size, size, 3) uint8 RGB."""
+    relief = _pores(rng, size) + _wrinkles(grade, rng, size)
+    tone = np.array([226, 178, 150]) * rng.uniform(0.5, 1.08) + rng.normal(0, 2.5, 3)
+    # melanin and blood colour the skin in soft patches; light falls from one side
+    mottle = _smooth_noise(rng, size, size / 8)[..., None] * [2, 3, 3]
+    slope = rng.normal(0, 0.08, 2)
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    light = (1 + slope[0] * x + slope[1] * y)[..., None]
+    # shadows in skin are reddish: blue and green lose more light than red
+    shading = np.exp(relief[..., None] * [0.8, 1.0, 1.1])
+    image = (tone + mottle) * light * shading + rng.normal(0, 2, (size, size, 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _smooth_noise(rng, size, sigma):
+    """Noise of unit variance that changes over about `sigma` pixels."""
+    noise = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), sigma)
+    return (noise - noise.mean()) / noise.std()
+
+
+def _pores(rng, size):
+    """Small dark dots among the fine net of lines that all skin has. -> (size, size), log brightness."""
+    dots = np.zeros((size, size))
+    count = int(rng.uniform(0.008, 0.016) * size * size)
+    dots[tuple(rng.integers(0, size, (2, count)))] = rng.uniform(0.3, 1, count)
+    dots = cv2.GaussianBlur(dots, (0, 0), rng.uniform(0.8, 1.2))
+    return -0.6 * dots + 0.025 * _smooth_noise(rng, size, 1.2) + 0.02 * _smooth_noise(rng, size, 3)
+
+
+def _wrinkles(grade, rng, size):
+    """Roughly parallel furrows, faint at their ends, each with a lit edge. -> (size, size), log brightness."""
+    furrows = np.zeros((size, size))
+    number = 2 * grade + int(rng.integers(-1, 2)) if grade else 0
+    # neighbouring grades overlap a little, as they do where people judged them
+    depth = (0.16 + 0.08 * grade) * rng.uniform(0.8, 1.2)
+    length = (0.45 + 0.12 * grade) * rng.uniform(0.9, 1.1)
+    heights = (np.arange(number) + rng.uniform(0.2, 0.8, number)) / max(1, number) * size
+    tilt, bend = rng.normal(0, 0.12), rng.normal(0, 0.10)
+    for height in heights:
+        extent = size * length * rng.uniform(0.85, 1.15)
+        start = rng.uniform(-0.1 * size, max(0, size - extent))
+        x = np.linspace(start, start + extent, 40)
+        along = x / size - 0.5
+        wave = 1.5 * np.sin(rng.uniform(4, 9) * along + rng.uniform(0, 6.3))
+        y = height + size * (tilt * along + bend * along**2) + wave
+        furrows = np.maximum(furrows, rng.uniform(0.8, 1.2) * _tapered_line(x, y, size))
+    groove = cv2.GaussianBlur(furrows, (0, 0), 1.0 + 0.2 * grade)
+    wide = cv2.GaussianBlur(furrows, (0, 0), 4)
+    lit_edge = np.vstack([wide[:3], wide[:-3]])
+    return depth * (1.3 * lit_edge - 0.6 * wide - 2.3 * groove)
+
+
+def _tapered_line(x, y, size):
+    """A line through the points (x, y) whose strength is 1 in the middle and falls off to its ends."""
+    line = np.zeros((size, size))
+    strengths = np.sin(np.linspace(0.15, np.pi - 0.15, len(x) - 1)) ** 0.7
+    corners = (np.stack([x, y], axis=1) * 16).round().astype(int)
+    for start, end, strength in zip(corners[:-1], corners[1:], strengths, strict=True):
+        cv2.line(line, start.tolist(), end.tolist(), float(strength), thickness=2, lineType=cv2.LINE_AA, shift=4)
+    return line

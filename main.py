@@ -1,0 +1,583 @@
+#!/usr/bin/env python3
+"""Train a ResNet-50 to grade skin conditions from very unequal class folders.
+
+python main.py --demo
+python main.py --data_dirs data/forehead_wrinkles --train_loss cb --use_augmentation
+python main.py --resume checkpoints_20260101_120000/last_model.pth
+python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import demo
+import report
+import tracking
+from dataset_double import (
+    AUGMENTATIONS,
+    PARTS,
+    AugmentedSkinDataset,
+    DoubleSkinDataset,
+    check_doubles,
+    check_every_class_in_every_part,
+    check_fractions,
+    drop_broken,
+    index_folders,
+    make_loader,
+    restore_split,
+    stratified_split,
+)
+from engine import Engine, lr_lambda, resolve_amp
+from files import (
+    UserError,
+    check_new_folder,
+    make_folder,
+    read_history,
+    timestamped_folder,
+    write_history,
+    write_json,
+    write_predictions,
+)
+from metrics import full_metrics, summary_metrics
+from model import Model, backbone_state_dict, load_checkpoint, read_weights, save_checkpoint
+from resnet_custom import imagenet_state_dict
+from utils import TRAIN_LOSSES, build_loss, class_balanced_weights, effective_number
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+DEMO_DEFAULTS = {
+    "image_size": 64,
+    "epochs": 8,
+    "learning_rate": 1e-3,
+    "use_augmentation": True,
+    "pretrained": False,
+    "wandb_mode": "disabled",
+}
+# what a flag of the checkpoint's run says nothing about in the run that resumes it
+NOT_INHERITED = ("resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
+# flags that decided the checkpoint's split, which stays
+FIXED_BY_SPLIT = ("split", "val_dirs", "test_dirs")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python main.py --help)")
+
+
+def number(cast, low=-math.inf, high=math.inf, below=math.inf, above=-math.inf):
+    """An argparse type: a finite number, low <= n <= high, above < n < below."""
+
+    def parse(text):
+        value = cast(text)
+        if not (math.isfinite(value) and low <= value <= high and above < value < below):
+            bounds = {"at least": low, "at most": high, "below": below, "above": above}
+            wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted or 'a finite number'}")
+        return value
+
+    parse.__name__ = cast.__name__
+    return parse
+
+
+def truth(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_switch(group, name, default, help):
+    """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
+    group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=truth, metavar="BOOL", help=help)
+    group.add_argument(f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help="the contrary")
+
+
+def build_parser():
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="main.py"
+    )
+    add_data_flags(parser.add_argument_group("data"))
+    add_imbalance_flags(parser.add_argument_group("imbalance: loss and augmentation"))
+    add_training_flags(parser.add_argument_group("model and training"))
+    add_run_flags(parser.add_argument_group("run"))
+    add_wandb_flags(parser.add_argument_group("Weights & Biases"))
+    return parser
+
+
+def add_data_flags(group):
+    add = group.add_argument
+    add("--data_dirs", nargs="+", metavar="DIR", help="folders of class folders, merged class by class")
+    add("--val_dirs", nargs="+", metavar="DIR", help="validation images, instead of a share of --data_dirs")
+    add("--test_dirs", nargs="+", metavar="DIR", help="test images, instead of a share of --data_dirs")
+    shares = {"type": number(float), "nargs": 3, "metavar": ("TRAIN", "VAL", "TEST"), "default": [0.6, 0.2, 0.2]}
+    add("--split", **shares, help="shares of the images, stratified by class [0.6 0.2 0.2]")
+    add("--image_size", type=number(int, low=32), default=224, help="side in pixels [224]")
+    add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
+    add("--demo", action="store_true", help="draw a small synthetic data set and train on it")
+
+
+def add_imbalance_flags(group):
+    add = group.add_argument
+    add("--train_loss", choices=TRAIN_LOSSES, default="cb", help="[cb]: Class-Balanced Focal loss")
+    cb_forms = ("softmax", "sigmoid")
+    add("--beta", type=number(float, low=0, below=1), default=0.999, help="cb: 0 no weights, near 1 1/n [0.999]")
+    add("--gamma", type=number(float, low=0), default=2.0, help="cb, focal: focus on hard images [2.0]")
+    add("--cb_form", choices=cb_forms, default="softmax", help="cb: sigmoid is the paper's form [softmax]")
+    add("--alpha", type=number(float, above=0), nargs="+", help="focal: weight, one or one a class [1]")
+    add("--smoothing", type=number(float, low=0, below=1), default=0.1, help="label_smoothing [0.1]")
+    add_switch(group, "use_augmentation", False, "oversample by augmented copies until classes are equal")
+    add("--target_samples_per_class", type=number(int, low=1), metavar="N", help="oversample to N [largest class]")
+    names = list(AUGMENTATIONS)
+    add(
+        "--augmentation_methods", nargs="+", choices=names, default=names, metavar="METHOD", help=f"[{' '.join(names)}]"
+    )
+
+
+def add_training_flags(group):
+    add = group.add_argument
+    metrics = ("val_balanced_acc", "val_macro_f1")
+    add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
+    add("--weights", metavar="FILE", help="start from this file: torchvision's, or a checkpoint of ours")
+    add("--dropout_prob", type=number(float, low=0, below=1), default=0.3, help="before the head [0.3]")
+    add("--epochs", type=number(int, low=1), default=100, help="[100]")
+    add("--batch_size", type=number(int, low=1), default=32, help="[32]")
+    add("--learning_rate", "--lr", type=number(float, above=0), default=1e-4, help="AdamW [1e-4]")
+    add("--weight_decay", type=number(float, low=0), default=0.01, help="AdamW [0.01]")
+    add("--warmup_epochs", type=number(float, low=0), default=1.0, help="warm-up, then half a cosine to zero [1]")
+    add("--clip_grad", type=number(float, low=0), default=1.0, help="norm of the gradient; 0: off [1.0]")
+    add("--best_metric", choices=metrics, default=metrics[0], help="decides which epoch is kept [val_balanced_acc]")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision [auto]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
+    add("--num_workers", type=number(int, low=0), help="loader processes [0 on a CPU, up to 8 on a GPU]")
+    add("--seed", type=number(int, low=0, below=2**32), default=42, help="[42]")
+
+
+def add_run_flags(group):
+    add = group.add_argument
+    add("--output_dir", default="checkpoints", help="the run's folder is OUTPUT_DIR_YYYYMMDD_HHMMSS [checkpoints]")
+    add("--run_dir", metavar="DIR", help="the run's folder, by its exact name; must be new")
+    add("--resume", metavar="FILE", help="go on with a checkpoint; its flags are the defaults")
+    add_switch(group, "eval_only", False, "test the checkpoint of --resume, train nothing")
+
+
+def add_wandb_flags(group):
+    add = group.add_argument
+    modes = ("online", "offline", "disabled")
+    add("--wandb_project", default="skin-grading", help="[skin-grading]")
+    add("--wandb_name", help="[name of the run's folder]")
+    add("--wandb_id", help="go on with this W&B run [that of the checkpoint]")
+    add("--wandb_resume", choices=("never", "allow", "must"), default="allow", help="[allow]")
+    add("--wandb_mode", choices=modes, default=tracking.default_mode(), help="[online; goes on offline by itself]")
+    add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [the run's folder]")
+
+
+def parse_args(argv):
+    """-> (args, the checkpoint of --resume or None). The checkpoint's flags are the defaults of those not given."""
+    parser = build_parser()
+    first, _ = parser.parse_known_args(argv)
+    checkpoint = load_checkpoint(first.resume) if first.resume else None
+    if checkpoint:
+        known = vars(first).keys() - set(NOT_INHERITED)
+        parser.set_defaults(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    elif first.demo:
+        parser.set_defaults(**DEMO_DEFAULTS)
+    args = parser.parse_args(argv)
+    if checkpoint:
+        check_resume_flags(args, checkpoint)
+    elif args.eval_only:
+        raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
+    elif not (args.data_dirs or args.demo):
+        raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
+    elif args.data_dirs and args.demo:
+        raise UserError("--demo: makes its own data; leave out --data_dirs")
+    check_fractions(args.split, [part for part in ("val", "test") if getattr(args, f"{part}_dirs")])
+    for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
+        if getattr(args, name):
+            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
+    return args, checkpoint
+
+
+def check_resume_flags(args, checkpoint):
+    if args.demo:
+        raise UserError("--demo: a run is resumed with its own data; leave out --demo")
+    if args.eval_only:
+        return
+    for name in FIXED_BY_SPLIT:
+        if getattr(args, name) != checkpoint["args"].get(name):
+            raise UserError(f"--{name}: the split of a resumed run stays as it is; leave this flag out, or start anew")
+    own_folder = os.path.dirname(os.path.abspath(args.resume))
+    if args.run_dir and os.path.abspath(args.run_dir) != own_folder:
+        raise UserError(f"--run_dir: a resumed run goes on in the checkpoint's own folder, {own_folder}")
+    if not os.path.exists(os.path.join(own_folder, "best_model.pth")):
+        raise UserError(f"--resume: {own_folder} has no best_model.pth; put the run's best model beside {args.resume}")
+
+
+def choose_device(name):
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise UserError(f"--device: {name} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_run_dir(args):
+    """The folder to write to; checked, not made yet, so that a mistake found later leaves nothing behind."""
+    if args.resume and not args.eval_only:
+        return Path(args.resume).absolute().parent
+    if args.run_dir:
+        folder, flag = Path(args.run_dir), "--run_dir"
+    elif args.eval_only:
+        folder, flag = timestamped_folder(Path(args.resume).absolute().parent / "eval"), "--run_dir"
+    else:
+        folder, flag = timestamped_folder(args.output_dir), "--output_dir"
+    check_new_folder(folder, flag)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def split_data(args):
+    """Index the class folders, check every image, split. -> {part: ImageIndex} for train, val, test."""
+    index = index_folders(args.data_dirs)
+    separate = {
+        part: index_folders(getattr(args, f"{part}_dirs"), index.classes, f"--{part}_dirs")
+        for part in ("val", "test")
+        if getattr(args, f"{part}_dirs")
+    }
+    every_path = [path for one in (index, *separate.values()) for path in one.paths]
+    check_doubles(every_path, "--data_dirs / --val_dirs / --test_dirs")
+    whole = drop_broken({"data": index, **separate}, args.skip_broken)
+    parts = stratified_split(whole.pop("data"), args.split, args.seed, separate)
+    parts = {part: {**parts, **whole}[part] for part in PARTS}
+    check_every_class_in_every_part(parts, args.split)
+    return parts
+
+
+def restore_data(args, checkpoint):
+    """The checkpoint's own split, as it was. -> {part: ImageIndex}."""
+    folders = [*args.data_dirs, *(args.val_dirs or []), *(args.test_dirs or [])]
+    parts = restore_split(index_folders(folders, checkpoint["classes"]), checkpoint["splits"])
+    return drop_broken(parts, skip_broken=False)  # without one of its images it would be another split
+
+
+def data_to_evaluate(args, checkpoint):
+    """-> {part: ImageIndex} for val and test: from folders given anew, else those of the checkpoint's split.
+
+    Where the test images come from elsewhere and the checkpoint's own data are not here, it is only those.
+    """
+    given = [part for part in ("val", "test") if getattr(args, f"{part}_dirs") != checkpoint["args"][f"{part}_dirs"]]
+    parts = {
+        part: index_folders(getattr(args, f"{part}_dirs"), checkpoint["classes"], f"--{part}_dirs", allow_missing=True)
+        for part in given
+    }
+    own = {part: checkpoint["splits"][part] for part in ("val", "test") if part not in given}
+    if given and not all(os.path.exists(path) for paths in own.values() for path in paths):
+        print(f"the checkpoint's own {' and '.join(own)} images are not here: only --{given[0]}_dirs is evaluated")
+    elif own:
+        folders = {**checkpoint["args"], "data_dirs": args.data_dirs}
+        folders = [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in folders[name] or []]
+        parts.update(restore_split(index_folders(folders, checkpoint["classes"]), own))
+    return drop_broken({part: parts[part] for part in PARTS if part in parts}, args.skip_broken)
+
+
+def print_class_table(parts, beta):
+    """One line a class: its images a part, its share, its effective number and its weight in a Class-Balanced loss."""
+    counts = {part: index.counts() for part, index in parts.items()}
+    train = counts["train"]
+    weights = class_balanced_weights(train, beta)
+    print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
+    for i, name in enumerate(parts["train"].classes):
+        images = " ".join(f"{counts[part][i]:7d}" for part in PARTS)
+        share, effective = train[i] / train.sum(), effective_number(train, beta)[i]
+        print(f"{name:>16} {images} {share:7.1%} {effective:10.1f} {weights[i]:7.3f}")
+    totals = " ".join(f"{counts[part].sum():7d}" for part in PARTS)
+    print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def initial_weights(args):
+    """The weights to start from, read before the data are looked at. -> (state dict, its classes or None), or None."""
+    if args.weights:
+        return read_weights(args.weights)
+    if args.pretrained:
+        return backbone_state_dict(imagenet_state_dict()), None
+    return None
+
+
+def build_engine(args, criterion, num_classes):
+    model = Model(num_classes, args.dropout_prob)
+    device = choose_device(args.device)
+    return Engine(model, criterion, device, resolve_amp(args.amp, device), clip_grad=args.clip_grad)
+
+
+def add_optimizer(engine, args, steps_per_epoch):
+    """AdamW and the schedule of its learning rate, step by step."""
+    engine.optimizer = torch.optim.AdamW(
+        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(warmup_steps, total_steps))
+
+
+def loader_for(index_or_dataset, args, device, training=False):
+    """Evaluation keeps the order of the index and takes larger batches, as it needs no memory for gradients."""
+    workers = args.num_workers
+    if workers is None:
+        workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+    return make_loader(
+        index_or_dataset if training else DoubleSkinDataset(index_or_dataset, args.image_size),
+        args.batch_size if training else 2 * args.batch_size,
+        shuffle=training,
+        seed=args.seed,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+@dataclass
+class Progress:
+    """Where a training stands: the last finished epoch, the best one, and the rows of `history.csv`."""
+
+    epoch: int = -1
+    best_metric: float = -math.inf
+    best_epoch: int = -1
+    history: list = field(default_factory=list)
+
+    def add_epoch(self, row, best_metric_name):
+        """-> whether this epoch is the best so far."""
+        self.epoch = row["epoch"]
+        self.history.append(row)
+        improved = row[best_metric_name] > self.best_metric
+        if improved:
+            self.best_metric, self.best_epoch = row[best_metric_name], self.epoch
+        return improved
+
+    def best_row(self):
+        return next(row for row in self.history if int(row["epoch"]) == self.best_epoch)
+
+
+def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id):
+    return {
+        "epoch": progress.epoch,
+        "model_state_dict": engine.model.state_dict(),
+        "optimizer_state_dict": engine.optimizer.state_dict(),
+        "scheduler_state_dict": engine.scheduler.state_dict(),
+        "scaler_state_dict": engine.scaler.state_dict(),
+        "best_metric": progress.best_metric,
+        "best_metric_name": args.best_metric,
+        "best_epoch": progress.best_epoch,
+        "classes": parts["train"].classes,
+        "samples_per_cls": samples_per_cls.tolist(),
+        "args": vars(args),
+        "wandb_id": wandb_id,
+        "splits": {part: index.paths for part, index in parts.items()},
+        "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+
+
+def restore(engine, checkpoint, args, run_dir):
+    """Put model, optimizer, schedule, scaler and random state back. -> Progress. Flags given anew win."""
+    engine.model.load_state_dict(checkpoint["model_state_dict"])
+    engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+    engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
+    for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
+        group["weight_decay"] = args.weight_decay
+        group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
+    torch.set_rng_state(checkpoint["rng_state"]["cpu"])
+    if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
+    history = read_history(run_dir / "history.csv", checkpoint["epoch"])
+    return Progress(checkpoint["epoch"], checkpoint["best_metric"], checkpoint["best_epoch"], history)
+
+
+def train_and_validate(engine, train_loader, val_loader, epoch):
+    """One epoch. -> its row of `history.csv`."""
+    started = time.perf_counter()
+    train_loader.sampler.set_epoch(epoch)
+    if isinstance(train_loader.dataset, AugmentedSkinDataset):
+        train_loader.dataset.set_epoch(epoch)
+    figures = engine.train_one_epoch(train_loader, epoch)
+    val_loss, probabilities, targets = engine.evaluate(val_loader, "validation")
+    val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}
+    return {"epoch": epoch, **figures, "val_loss": val_loss, **val, "seconds": time.perf_counter() - started}
+
+
+def print_epoch(row, epochs, improved):
+    print(
+        f"epoch {row['epoch']:3d} ({row['epoch'] + 1}/{epochs})"
+        f" | train loss {row['train_loss']:.4f} acc {row['train_acc']:.3f}"
+        f" | val loss {row['val_loss']:.4f} acc {row['val_acc']:.3f}"
+        f" balanced_acc {row['val_balanced_acc']:.3f} macro_f1 {row['val_macro_f1']:.3f}"
+        f" | {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s{' | best so far' if improved else ''}"
+    )
+
+
+def evaluate_parts(engine, parts, args, run_dir, best_epoch, samples_per_cls):
+    """Evaluate the best model on each part, write results, predictions and the confusion matrix.
+
+    -> (results, targets and probabilities of the test set).
+    """
+    classes = parts["test"].classes
+    results = {"best_epoch": best_epoch}
+    for part, index in parts.items():
+        loss, probabilities, targets = engine.evaluate(loader_for(index, args, engine.device), part)
+        results[part] = {"loss": loss, **full_metrics(targets, probabilities, classes)}
+        write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities, classes)
+    results |= {"classes": classes, "samples_per_cls": samples_per_cls}
+    write_json(run_dir / "results.json", results)
+    title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
+    report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
+    return results, targets, probabilities
+
+
+def print_results(results, run_dir):
+    for part in ("val", "test"):
+        if part in results:
+            figures = results[part]
+            print(
+                f"{part:>4}: balanced accuracy {figures['balanced_acc']:.3f}, macro F1 {figures['macro_f1']:.3f}, "
+                f"accuracy {figures['acc']:.3f}, loss {figures['loss']:.4f} (best epoch {results['best_epoch']})"
+            )
+    recalls = ", ".join(f"{name} {figures['recall']:.2f}" for name, figures in results["test"]["per_class"].items())
+    print(f"test recall a class: {recalls}")
+    print(f"results lie in {run_dir}")
+
+
+# -------------------------------------------------------------------------------------------------- the experiment
+
+
+def train(args, checkpoint, run_dir):
+    """The experiment, in the order that matters: the classes are counted and the loss built before any oversampling."""
+    state_dict = None if checkpoint else initial_weights(args)
+    if args.demo:
+        make_folder(run_dir, "--run_dir")
+        args.data_dirs = [demo.write_demo_data(run_dir.absolute() / "demo_data", args.seed)]
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True
+
+    parts = restore_data(args, checkpoint) if checkpoint else split_data(args)
+    classes = parts["train"].classes
+    samples_per_cls = parts["train"].counts()
+    print_class_table(parts, args.beta)
+    criterion = make_loss(args, samples_per_cls)
+
+    train_set = DoubleSkinDataset(parts["train"], args.image_size)
+    if args.use_augmentation:
+        train_set = AugmentedSkinDataset(train_set, args.target_samples_per_class, args.augmentation_methods, args.seed)
+        print(f"oversampled by augmentation: {samples_per_cls.sum()} -> {len(train_set)} images an epoch")
+
+    engine = build_engine(args, criterion, len(classes))
+    train_loader = loader_for(train_set, args, engine.device, training=True)
+    val_loader = loader_for(parts["val"], args, engine.device)
+    add_optimizer(engine, args, len(train_loader))
+    if checkpoint:
+        progress = restore(engine, checkpoint, args, run_dir)
+    else:
+        progress = Progress()
+        if state_dict:
+            engine.model.load_initial_weights(*state_dict, classes)
+        if not args.demo:
+            make_folder(run_dir, "--run_dir" if args.run_dir else "--output_dir")
+    write_json(run_dir / "args.json", vars(args))
+    write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
+    precision = {None: "float32"}.get(engine.amp_dtype, str(engine.amp_dtype).removeprefix("torch."))
+    print(f"training on {engine.device} in {precision}, run folder {run_dir}")
+
+    with tracking.Run(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as run:
+        for epoch in range(progress.epoch + 1, args.epochs):
+            row = train_and_validate(engine, train_loader, val_loader, epoch)
+            improved = progress.add_epoch(row, args.best_metric)
+            print_epoch(row, args.epochs, improved)
+            run.log_epoch(row, progress)
+            write_history(run_dir / "history.csv", progress.history)
+            current = make_checkpoint(engine, progress, args, parts, samples_per_cls, run.id)
+            if improved:
+                save_checkpoint(run_dir / "best_model.pth", current)
+            save_checkpoint(run_dir / "last_model.pth", current)
+
+        best = load_checkpoint(run_dir / "best_model.pth")
+        engine.model.load_state_dict(best["model_state_dict"])
+        evaluated = {part: parts[part] for part in ("val", "test")}
+        results, targets, probabilities = evaluate_parts(
+            engine, evaluated, args, run_dir, best["epoch"], samples_per_cls.tolist()
+        )
+        report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
+        run.log_results(progress.best_row(), results, targets, probabilities)
+    print_results(results, run_dir)
+
+
+def make_loss(args, samples_per_cls):
+    alpha = args.alpha[0] if args.alpha and len(args.alpha) == 1 else args.alpha
+    if isinstance(alpha, list) and len(alpha) != len(samples_per_cls):
+        raise UserError(f"--alpha: {len(alpha)} figures for {len(samples_per_cls)} classes; give one, or one a class")
+    return build_loss(
+        args.train_loss,
+        samples_per_cls,
+        beta=args.beta,
+        gamma=args.gamma,
+        alpha=alpha,
+        smoothing=args.smoothing,
+        cb_form=args.cb_form,
+    )
+
+
+def evaluate_only(args, checkpoint, run_dir):
+    parts = data_to_evaluate(args, checkpoint)
+    samples_per_cls = checkpoint["samples_per_cls"]
+    engine = build_engine(args, make_loss(args, samples_per_cls), len(checkpoint["classes"]))
+    engine.model.load_state_dict(checkpoint["model_state_dict"])
+    make_folder(run_dir, "--run_dir")
+    write_json(run_dir / "args.json", vars(args))
+    write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
+    results, _, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["epoch"], samples_per_cls)
+    print_results(results, run_dir)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a queue sends it before it takes the machine away."""
+
+
+def on_sigterm(*_):
+    raise Terminated
+
+
+def main(argv=None):
+    """-> exit status: 0 done, 2 a mistake of the user's, 130 / 143 stopped by Ctrl-C / SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    run_dir = None
+    try:
+        args, checkpoint = parse_args(argv)
+        run_dir = choose_run_dir(args)
+        choose_device(args.device)
+        (evaluate_only if args.eval_only else train)(args, checkpoint, run_dir)
+    except UserError as error:
+        # an error raised in a loader worker arrives with that process's traceback in front of its text
+        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        last = run_dir / "last_model.pth" if run_dir else None
+        how = f"go on with: python main.py --resume {last}" if last and last.exists() else "no epoch was finished yet"
+        print(f"stopped; {how}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, on_sigterm)
+    sys.exit(main())

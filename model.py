@@ -1,0 +1,99 @@
+"""The classifier, and writing and reading its checkpoints."""
+
+import pickle
+
+import torch
+from torch import nn
+
+import resnet_custom
+from files import UserError, atomic_write
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CHECKPOINT_KEYS = (
+    "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "best_metric",
+    "best_metric_name", "best_epoch", "classes", "samples_per_cls", "args", "wandb_id", "splits", "rng_state",
+)  # fmt: skip
+
+
+class Model(nn.Module):
+    """ResNet-50 with last-stage stride 1 -> dropout -> linear head.
+
+    images: (N, 3, H, W), uint8 RGB as decoded (normalised here, on the model's own device, so that nobody can forget
+    to) or float already normalised by the ImageNet mean and standard deviation -> logits: (N, num_classes)
+    """
+
+    def __init__(self, num_classes, dropout_prob=0.3):
+        super().__init__()
+        self.backbone = resnet_custom.resnet50()
+        num_features = self.backbone.fc.in_features
+        self.backbone.fc = nn.Identity()
+        self.dropout = nn.Dropout(dropout_prob)
+        self.head = nn.Linear(num_features, num_classes)
+        # not persistent: a checkpoint holds what was learned
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        if images.dtype == torch.uint8:
+            images = (images - self.mean) / self.std
+        return self.head(self.dropout(self.backbone(images)))
+
+    def load_initial_weights(self, state_dict, classes=None, own_classes=None):
+        """Start from `state_dict` (see `read_weights`); its head is taken only where it knows the same classes."""
+        use_head = classes is not None and list(classes) == list(own_classes)
+        chosen = {name: value for name, value in state_dict.items() if use_head or name.startswith("backbone.")}
+        missing, unexpected = self.load_state_dict(chosen, strict=False)
+        assert not unexpected and set(missing) <= {"head.weight", "head.bias"}, (missing, unexpected)
+
+
+def backbone_state_dict(torchvision_state_dict):
+    """Rename torchvision's ResNet-50 weights to ours and leave its head out."""
+    return {f"backbone.{k}": v for k, v in torchvision_state_dict.items() if not k.startswith("fc.")}
+
+
+def read_weights(path):
+    """Initial weights from a local file -> (state dict in our names, its classes or None).
+
+    `path`: a state dict of torchvision's ResNet-50, or one of our checkpoints.
+    Raises UserError for anything else.
+    """
+    content = _load_file(path, "--weights")
+    if isinstance(content, dict) and "model_state_dict" in content:
+        state_dict, classes = content["model_state_dict"], content.get("classes")
+    elif isinstance(content, dict) and "conv1.weight" in content:
+        state_dict, classes = backbone_state_dict(content), None
+    else:
+        raise UserError(f"--weights: {path} is neither a ResNet-50 state dict nor a checkpoint of this project")
+    with torch.device("meta"):
+        expected = backbone_state_dict(resnet_custom.resnet50().state_dict())
+    for name, tensor in expected.items():
+        if name not in state_dict or state_dict[name].shape != tensor.shape:
+            raise UserError(f"--weights: {path} does not hold a ResNet-50: {name} is missing or of another shape")
+    return state_dict, classes
+
+
+def save_checkpoint(path, checkpoint):
+    """Write `checkpoint` (a dict with CHECKPOINT_KEYS) so that a crash leaves the former file or the whole new one."""
+    assert set(checkpoint) == set(CHECKPOINT_KEYS)
+    with atomic_write(path, "wb") as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path, flag="--resume"):
+    """Read a checkpoint onto the CPU without running code from it. Raises UserError if it is not whole or not ours."""
+    checkpoint = _load_file(path, flag)
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing:
+        raise UserError(f"{flag}: {path} is not a checkpoint of this project (it has no {missing[0]!r})")
+    return checkpoint
+
+
+def _load_file(path, flag):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{flag}: {path} is damaged, cut short, or not a file of PyTorch weights") from error

@@ -1,0 +1,76 @@
+"""Pictures of a run."""
+
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from files import atomic_write
+
+# matplotlib's own font has no Hangul; these, where installed, draw class names that need it
+HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
+
+
+def plot_curves(path, history, best_epoch):
+    """Loss and the metrics over the epochs. history: rows of `history.csv`."""
+    epochs = [int(row["epoch"]) for row in history]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss_axes, metric_axes = figure.subplots(1, 2)
+    panels = {
+        loss_axes: {"train_loss": "training", "val_loss": "validation"},
+        metric_axes: {
+            "val_balanced_acc": "balanced accuracy",
+            "val_macro_f1": "macro F1",
+            "val_acc": "accuracy",
+            "train_acc": "training accuracy",
+        },
+    }
+    for axes, curves in panels.items():
+        for column, label in curves.items():
+            dashed = "--" if column in ("train_acc", "val_acc") else "-"
+            axes.plot(epochs, [float(row[column]) for row in history], dashed, marker="o", markersize=3, label=label)
+        axes.axvline(best_epoch, color="0.6", linewidth=1, linestyle=":", label="best epoch")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    loss_axes.set_title("loss")
+    metric_axes.set_title("validation metrics")
+    metric_axes.set_ylim(0, 1)
+    _save(figure, path)
+
+
+def plot_confusion_matrix(path, matrix, classes, title):
+    """Share of each true class (row) that was given each prediction (column), with the counts.
+
+    matrix: (C, C) int, rows true, columns predicted.
+    """
+    matrix = np.asarray(matrix)
+    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    side = min(20, 3 + 0.7 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    fonts = {"fontfamily": ["DejaVu Sans", *_installed(HANGUL_FONTS)]}
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor", **fonts)
+    axes.set_yticks(range(len(classes)), classes, **fonts)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("true class")
+    axes.set_title(title)
+    if len(classes) <= 25:
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{shares[row, column]:.0%}\n{count}", ha="center", va="center", color=color, size=8)
+    _save(figure, path)
+
+
+def _installed(fonts):
+    names = {font.name for font in font_manager.fontManager.ttflist}
+    return [font for font in fonts if font in names]
+
+
+def _save(figure, path):
+    FigureCanvasAgg(figure)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)

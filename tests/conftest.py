@@ -1,0 +1,53 @@
+"""Tiny class folders and one tiny finished training, shared by the tests."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
+TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
+
+
+def write_images(folder, count, color=(128, 128, 128), seed=0, suffix=".png", size=(36, 30)):
+    """`count` noisy images about one colour. -> their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((seed, *color))
+    paths = []
+    for number in range(count):
+        noise = rng.normal(color, 25, (size[1], size[0], 3))
+        paths.append(folder / f"{number:03d}{suffix}")
+        Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)).save(paths[-1])
+    return paths
+
+
+def write_class_folders(folder, counts=None, seed=0):
+    """Three classes of different colour. -> folder."""
+    counts = TINY_COUNTS if counts is None else counts
+    colors = [(200, 80, 80), (80, 200, 80), (80, 80, 200), (150, 150, 60), (60, 150, 150)]
+    for (name, count), color in zip(counts.items(), colors, strict=False):
+        write_images(folder / name, count, color, seed)
+    return folder
+
+
+def run_main(*flags):
+    """main.py in this process. -> exit status."""
+    return main.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return write_class_folders(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(data_dir, tmp_path_factory):
+    """The folder of a two-epoch training with augmentation and the Class-Balanced loss, float32."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--run_dir", run_dir]
+    assert run_main(*flags) == 0
+    return run_dir

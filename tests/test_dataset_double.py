@@ -1,0 +1,366 @@
+import os
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_class_folders, write_images
+from PIL import Image
+
+from dataset_double import (
+    AUGMENTATIONS,
+    AugmentedSkinDataset,
+    DoubleSkinDataset,
+    ImageIndex,
+    augment,
+    check_doubles,
+    check_every_class_in_every_part,
+    check_fractions,
+    drop_broken,
+    index_folders,
+    load_image,
+    make_loader,
+    natural_key,
+    read_image,
+    restore_split,
+    stratified_split,
+)
+from files import UserError
+
+
+def index_of(counts):
+    """An index of images that need not exist. counts: images a class."""
+    targets = np.repeat(np.arange(len(counts)), counts)
+    return ImageIndex(
+        [f"/nowhere/{t}/{i}.jpg" for i, t in enumerate(targets)], targets, [str(c) for c in range(len(counts))]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ class folders
+
+
+def test_classes_sort_naturally():
+    names = ["10", "2", "grade 10", "1", "grade 9", "주름", "0"]
+    assert sorted(names, key=natural_key) == ["0", "1", "2", "10", "grade 9", "grade 10", "주름"]
+
+
+def test_several_folders_are_merged_class_by_class(tmp_path):
+    write_class_folders(tmp_path / "a", {"0": 2, "10": 3})
+    write_class_folders(tmp_path / "b", {"10": 1, "2": 4})
+    index = index_folders([tmp_path / "a", tmp_path / "b"])
+    assert index.classes == ["0", "2", "10"]
+    assert index.counts().tolist() == [2, 4, 4]
+    assert all(index.classes[t] == path.split(os.sep)[-2] for path, t in zip(index.paths, index.targets, strict=True))
+
+
+def test_nested_folders_odd_names_and_every_ending_are_found(tmp_path):
+    names = ["왼쪽 볼/사진 1.JPG", "a [b] (c)/x.jpeg", "x.png", "y.Bmp", "z.webp", "q.tif", "r.TIFF"]
+    for name in names:
+        path = tmp_path / "1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    write_images(tmp_path / "0", 1)
+    (tmp_path / "1" / "notes.txt").write_text("no image")
+    (tmp_path / "1" / "._x.jpg").write_text("left by macOS")
+    (tmp_path / ".cache").mkdir()
+    index = index_folders([tmp_path])
+    found = {
+        os.path.relpath(path, tmp_path / "1") for path, t in zip(index.paths, index.targets, strict=True) if t == 1
+    }
+    assert found == set(names)
+    assert all(read_image(path, 8).shape == (8, 8, 3) for path in index.paths)
+
+
+def test_a_class_name_is_the_same_however_its_hangul_is_composed(tmp_path):
+    composed, decomposed = "주름", "\u110c\u116e\u1105\u1173\u11b7"
+    write_images(tmp_path / "a" / composed, 1)
+    write_images(tmp_path / "a" / "0", 1)
+    write_images(tmp_path / "b" / decomposed, 2)
+    assert index_folders([tmp_path / "a", tmp_path / "b"]).counts().tolist() == [1, 3]
+
+
+def test_a_link_that_leads_back_ends(tmp_path):
+    write_class_folders(tmp_path, {"0": 2, "1": 2})
+    (tmp_path / "0" / "loop").symlink_to(tmp_path / "0", target_is_directory=True)
+    assert len(index_folders([tmp_path])) == 4
+
+
+def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path):
+    write_class_folders(tmp_path, {"0": 9, "1": 2})
+    os.rename(tmp_path / "0" / "004.png", tmp_path / "0" / "moved")
+    os.rename(tmp_path / "0" / "moved", tmp_path / "0" / "004.png")
+    paths = index_folders([tmp_path]).paths
+    assert paths == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        ({}, "no folder"),
+        ({"x/a.txt": 0}, "left out|no image"),
+        ({"a.png": 1}, "holds images, not class folders"),
+        ({"0/a.png": 1, "1/b.txt": 1}, "class '1' has no image"),
+        ({"0/a.png": 1}, "only one class, '0'"),
+        ({"note.txt": 1}, "holds no class folders"),
+    ],
+)
+def test_folders_that_are_no_class_folders_are_refused(tmp_path, layout, message):
+    for name in layout:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"--data_dirs: .*({message})"):
+        index_folders([tmp_path / "data"])
+
+
+def test_other_classes_than_those_of_the_training_are_refused(tmp_path):
+    write_class_folders(tmp_path, {"0": 1, "7": 1})
+    with pytest.raises(UserError, match=r"--val_dirs: class '7' .* none of the classes 0, 1"):
+        index_folders([tmp_path], ["0", "1"], "--val_dirs")
+    with pytest.raises(UserError, match="--test_dirs: class '2' has no image"):
+        index_folders([tmp_path], ["0", "2", "7"], "--test_dirs")
+    assert index_folders([tmp_path], ["0", "2", "7"], "--test_dirs", allow_missing=True).counts().tolist() == [1, 0, 1]
+
+
+def test_an_image_given_twice_is_refused_also_through_a_link(tmp_path):
+    write_class_folders(tmp_path / "a", {"0": 1, "1": 1})
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="there twice"):
+        index_folders([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match="--test_dirs"):
+        check_doubles([str(tmp_path / "a/0/000.png"), str(tmp_path / "b/0/000.png")], "--test_dirs")
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: what is left in the file is on top in the picture
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = load_image(tmp_path / "turned.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_greys_are_scaled_not_clipped(tmp_path, suffix):
+    grey = np.array([[0, 256 * 100], [256 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / f"grey{suffix}")
+    assert np.asarray(load_image(tmp_path / f"grey{suffix}"))[..., 0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_float_greys_are_scaled(tmp_path):
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "f.tif")
+    assert np.asarray(load_image(tmp_path / "f.tif"))[0, :, 1].tolist() == [0, 127, 255]
+
+
+def test_cmyk_palette_grey_and_bilevel_become_rgb(tmp_path):
+    skin = Image.new("RGB", (8, 8), (220, 170, 140))
+    for mode, name, tolerance in [
+        ("CMYK", "c.jpg", 8), ("CMYK", "c.tif", 2), ("P", "p.png", 30), ("L", "l.png", 60), ("1", "b.png", 120)
+    ]:  # fmt: skip
+        skin.convert(mode).save(tmp_path / name)
+        image = load_image(tmp_path / name)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(skin)).mean() < tolerance, (mode, name)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_laid_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((0, 0), (10, 10, 10, 255))
+    image = image.convert(mode)
+    image.save(tmp_path / "t.png")
+    pixels = np.asarray(load_image(tmp_path / "t.png"))
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+    assert pixels[0, 0].max() < 20
+
+
+def test_resizing_is_antialiased(tmp_path):
+    checker = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checker).save(tmp_path / "checker.png")
+    assert np.abs(read_image(tmp_path / "checker.png", 8).astype(int) - 127).max() < 10
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    write_class_folders(tmp_path, {"0": 6, "1": 6})
+    whole = write_images(tmp_path / "0", 1, suffix=".jpg", size=(200, 200))[0]
+    (tmp_path / "0" / "cut.jpg").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "0" / "text.jpg").write_text("this is no photograph")
+    (tmp_path / "1" / "empty.png").write_bytes(b"")
+    return tmp_path
+
+
+def test_broken_files_are_listed_with_the_reason_and_stop_the_run(broken_folder, capsys):
+    with pytest.raises(UserError, match=r"and 2 more .*--skip_broken"):
+        drop_broken({"data": index_folders([broken_folder])}, skip_broken=False)
+    listed = capsys.readouterr().out
+    for name, reason in [("cut.jpg", "truncated"), ("text.jpg", "cannot identify"), ("empty.png", "empty file")]:
+        assert any(name in line and reason in line for line in listed.splitlines())
+
+
+def test_broken_files_are_left_out_only_on_demand(broken_folder):
+    index = drop_broken({"data": index_folders([broken_folder])}, skip_broken=True)["data"]
+    assert index.counts().tolist() == [7, 6]
+    assert not any(name in path for path in index.paths for name in ("cut", "text", "empty"))
+
+
+def test_a_file_that_cannot_be_read_in_training_is_named_not_replaced(broken_folder):
+    index = index_folders([broken_folder])
+    position = next(i for i, path in enumerate(index.paths) if "text.jpg" in path)
+    with pytest.raises(UserError, match=r"text\.jpg cannot be read"):
+        DoubleSkinDataset(index, 8)[position]
+
+
+# --------------------------------------------------------------------------------------------------------- splits
+
+
+def test_split_is_stratified_disjoint_and_complete():
+    index = index_of([1000, 200, 40, 10])
+    parts = stratified_split(index, [0.6, 0.2, 0.2], seed=1)
+    assert {part: list(one.counts()) for part, one in parts.items()} == {
+        "test": [200, 40, 8, 2], "val": [200, 40, 8, 2], "train": [600, 120, 24, 6]
+    }  # fmt: skip
+    paths = [path for one in parts.values() for path in one.paths]
+    assert sorted(paths) == sorted(index.paths)
+
+
+def test_split_depends_on_the_seed_alone():
+    index = index_of([50, 20])
+    first, again, other = (stratified_split(index, [0.6, 0.2, 0.2], seed) for seed in (1, 1, 2))
+    assert all(first[part].paths == again[part].paths for part in first)
+    assert first["test"].paths != other["test"].paths
+
+
+def test_a_part_from_elsewhere_leaves_its_share_to_the_others():
+    index = index_of([60, 30])
+    assert list(stratified_split(index, [0.6, 0.2, 0.2], 0, ["test"])["val"].counts()) == [15, 8]
+    assert list(stratified_split(index, [0.6, 0.2, 0.2], 0, ["val", "test"])["train"].counts()) == [60, 30]
+
+
+@pytest.mark.parametrize("counts", [[100, 2], [100, 1], [100, 3, 1], [3, 2, 2]])
+def test_a_class_too_small_for_each_part_is_named_with_its_numbers(counts):
+    parts = stratified_split(index_of(counts), [0.6, 0.2, 0.2], 0)
+    smallest = str(int(np.argmin(counts)))
+    with pytest.raises(UserError, match=rf"class '{smallest}' has too few images \({min(counts)}\)"):
+        check_every_class_in_every_part(parts, [0.6, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("fractions", [[0.6, 0.2, 0.1], [0.5, 0.6, -0.1], [0.8, 0.2, 0.0]])
+def test_shares_that_make_no_split_are_refused(fractions):
+    with pytest.raises(UserError, match="--split"):
+        check_fractions(fractions, [])
+    check_fractions([0.8, 0.2, 0.0], ["test"])
+
+
+def test_a_split_is_found_again_and_missing_images_are_named():
+    index = index_of([5, 5])
+    parts = restore_split(index, {"train": index.paths[3:7], "val": index.paths[:1]})
+    assert parts["train"].targets.tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError, match=r"1 of 1 val images .*/gone\.jpg"):
+        restore_split(index, {"val": ["/gone.jpg"]})
+
+
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.fixture
+def originals(data_dir):
+    return DoubleSkinDataset(index_folders([data_dir]), 32)
+
+
+def test_every_original_once_then_copies_until_classes_are_equal(originals):
+    augmented = AugmentedSkinDataset(originals)
+    assert originals.index.counts().tolist() == [20, 10, 5]
+    assert augmented.counts().tolist() == [20, 20, 20]
+    for position in (0, 19, 34):
+        assert torch.equal(augmented[position][0], originals[position][0])
+    copies_of_each = np.bincount(augmented.sources)[originals.index.targets == 2]
+    assert copies_of_each.tolist() == [4] * 5
+
+
+def test_a_class_above_the_target_keeps_its_originals(originals):
+    assert AugmentedSkinDataset(originals, 8).counts().tolist() == [20, 10, 8]
+
+
+def test_copies_are_new_each_epoch_and_the_same_again_for_the_same_epoch(originals):
+    augmented = AugmentedSkinDataset(originals, seed=3)
+    first = augmented[50][0]
+    augmented.set_epoch(1)
+    second = augmented[50][0]
+    augmented.set_epoch(0)
+    assert torch.equal(augmented[50][0], first)
+    assert not torch.equal(first, second)
+    assert not torch.equal(AugmentedSkinDataset(originals, seed=4)[50][0], first)
+
+
+def test_batches_are_the_same_for_any_number_of_workers(originals):
+    def batches(num_workers):
+        augmented = AugmentedSkinDataset(originals)
+        loader = make_loader(augmented, 16, shuffle=True, seed=1, num_workers=num_workers)
+        seen = []
+        for epoch in range(2):  # the workers live on into the second epoch
+            loader.sampler.set_epoch(epoch)
+            augmented.set_epoch(epoch)
+            seen += list(loader)
+        return seen
+
+    alone, shared = batches(0), batches(2)
+    assert len(alone) == len(shared) == 8
+    for (images, targets), (other_images, other_targets) in zip(alone, shared, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+
+
+def test_a_million_positions_cost_megabytes_and_no_time():
+    index = ImageIndex([""] * 1010, np.repeat([0, 1], [1000, 10]), ["0", "1"])
+    tracemalloc.start()
+    started = time.perf_counter()
+    augmented = AugmentedSkinDataset(DoubleSkinDataset(index, 224), 500_000)
+    seconds = time.perf_counter() - started
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(augmented) == 1_000_000
+    assert augmented.sources.nbytes == 4_000_000
+    assert peak < 20e6 and seconds < 2
+
+
+def test_flip_alone_mirrors_half_of_the_images_exactly():
+    image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), dtype=np.uint8)
+    results = [augment(image, ["horizontal_flip"], np.random.default_rng(i)) for i in range(200)]
+    flipped = sum(np.array_equal(result, image[:, ::-1]) for result in results)
+    assert flipped + sum(np.array_equal(result, image) for result in results) == 200
+    assert 70 < flipped < 130
+
+
+def test_rotation_turns_about_the_centre_and_leaves_no_black_corners():
+    image = np.full((65, 65, 3), 200, dtype=np.uint8)
+    image[28:37, 28:37] = 90
+    turned = augment(image, ["rotation"], np.random.default_rng(1))
+    assert turned[32, 32].tolist() == [90] * 3 and turned[[0, 0, -1, -1], [0, -1, 0, -1]].min() == 200
+    assert not np.array_equal(turned, image)
+
+
+def test_color_jitter_keeps_the_geometry():
+    image = np.full((16, 16, 3), (180, 130, 110), dtype=np.uint8)
+    image[:8] = (90, 65, 55)
+    changed = augment(image, ["color_jitter"], np.random.default_rng(2)).astype(int)
+    assert not np.array_equal(changed, image)
+    assert (changed[:8] == changed[0, 0]).all() and (changed[8:] == changed[8, 0]).all()
+    assert np.abs(changed - image).max() < 90
+
+
+def test_no_method_changes_nothing_and_each_method_has_a_name():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(augment(image, [], np.random.default_rng(0)), image)
+    assert set(AUGMENTATIONS) == {"horizontal_flip", "rotation", "color_jitter"}
+
+
+def test_validation_images_are_resized_and_nothing_else(originals):
+    image, target = originals[7]
+    resized = Image.open(originals.index.paths[7]).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    assert image.dtype == torch.uint8 and image.shape == (3, 32, 32) and target == 0
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(resized))

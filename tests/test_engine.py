@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Engine, lr_lambda, resolve_amp
+from files import UserError
+from utils import CBLoss, CrossEntropy
+
+CPU = torch.device("cpu")
+
+
+class SmallNet(nn.Module):
+    """Stands for the ResNet where the engine alone is in question: bytes in, logits out, with batch norm."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes)
+        )
+
+    def forward(self, images):
+        return self.layers(images / 255)
+
+
+def batches(count=12, size=8, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(count * size) % classes
+    images = torch.randint(0, 60, (count * size, 3, 9, 9), generator=generator, dtype=torch.uint8)
+    images += (targets * 60).to(torch.uint8)[:, None, None, None]
+    return list(zip(images.split(size), targets.split(size), strict=True))
+
+
+def make_engine(amp_dtype=None, criterion=None, lr=1e-2, clip_grad=1.0):
+    torch.manual_seed(0)
+    model = SmallNet()
+    model(torch.zeros(2, 3, 9, 9))
+    engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, clip_grad=clip_grad)
+    engine.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
+    return engine
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_training_learns_in_each_precision(amp_dtype):
+    engine = make_engine(amp_dtype)
+    figures = [engine.train_one_epoch(batches(), epoch) for epoch in range(4)]
+    assert figures[-1]["train_loss"] < figures[0]["train_loss"] / 2
+    assert figures[-1]["train_acc"] > 0.9
+
+
+def test_mean_loss_and_accuracy_are_over_images_not_over_batches():
+    loader = [(torch.zeros(6, 3, 9, 9, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)),
+              (torch.full((2, 3, 9, 9), 200, dtype=torch.uint8), torch.ones(2, dtype=torch.int64))]  # fmt: skip
+    engine = make_engine(criterion=CBLoss([6, 3, 2]))
+    loss, probabilities, targets = engine.evaluate(loader, "test")
+    images = torch.cat([images for images, _ in loader])
+    with torch.inference_mode():
+        expected = CBLoss([6, 3, 2])(engine.model.eval()(images), torch.from_numpy(targets))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert probabilities.shape == (8, 3) and probabilities.sum(1) == pytest.approx(1)
+    assert targets.tolist() == [0] * 6 + [1] * 2
+
+
+def test_training_figures_are_those_of_the_forward_passes():
+    engine = make_engine(lr=1e-12)
+    loader = [*batches(2, 8), *batches(1, 3)]
+    engine.model.train()
+    with torch.no_grad():
+        logits = [engine.model(images) for images, _ in loader]
+    losses = [nn.functional.cross_entropy(z, t) * len(t) for z, (_, t) in zip(logits, loader, strict=True)]
+    hits = sum(int((z.argmax(1) == t).sum()) for z, (_, t) in zip(logits, loader, strict=True))
+    figures = engine.train_one_epoch(loader, 0)
+    assert figures["train_loss"] == pytest.approx(float(sum(losses)) / 19, rel=1e-4)
+    assert figures["train_acc"] == pytest.approx(hits / 19)
+
+
+def test_evaluation_changes_nothing():
+    engine = make_engine()
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    engine.evaluate(batches(), "test")
+    assert all(torch.equal(before[name], value) for name, value in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad_step", [0, 9, 11])
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(bad_step):
+    class Diverging(CrossEntropy):
+        calls = 0
+
+        def forward(self, logits, targets):
+            self.calls += 1
+            return super().forward(logits, targets) * (math.nan if self.calls == bad_step + 1 else 1)
+
+    with pytest.raises(UserError, match=rf"loss is nan at epoch 7, step {bad_step}:"):
+        make_engine(criterion=Diverging()).train_one_epoch(batches(), 7)
+
+
+def test_gradient_is_clipped_to_its_norm():
+    engine = make_engine(clip_grad=1e-3)
+    engine.criterion = lambda logits, targets: 1e3 * logits.square().sum()
+    engine.train_one_epoch(batches(1), 0)
+    norm = torch.stack([p.grad.norm() for p in engine.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_falls_along_half_a_cosine():
+    factor = lr_lambda(10, 110)
+    assert [factor(0), factor(4), factor(9), factor(10)] == pytest.approx([0.1, 0.5, 1, 1])
+    assert [factor(60), factor(110), factor(999)] == pytest.approx([0.5, 0, 0])
+    assert lr_lambda(0, 10)(0) == 1
+
+
+def test_amp_names_and_the_choice_for_this_machine():
+    assert [resolve_amp(name, CPU) for name in ("off", "bf16", "fp16")] == [None, torch.bfloat16, torch.float16]
+    assert resolve_amp("auto", CPU) in (None, torch.bfloat16)
+    assert resolve_amp("auto", torch.device("meta")) is None

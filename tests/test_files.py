@@ -1,0 +1,68 @@
+import csv
+import time
+
+import numpy as np
+import pytest
+
+from files import (
+    HISTORY_COLUMNS,
+    UserError,
+    atomic_write,
+    check_new_folder,
+    read_history,
+    timestamped_folder,
+    write_history,
+    write_predictions,
+)
+
+
+def test_a_write_that_fails_leaves_the_former_file_whole(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("former")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_history_comes_back_up_to_an_epoch(tmp_path):
+    rows = [dict.fromkeys(HISTORY_COLUMNS, 0.1 + epoch) | {"epoch": epoch} for epoch in range(4)]
+    write_history(tmp_path / "history.csv", rows)
+    again = read_history(tmp_path / "history.csv", last_epoch=1)
+    assert [row["epoch"] for row in again] == ["0", "1"]
+    assert float(again[1]["val_macro_f1"]) == 1.1
+    assert read_history(tmp_path / "none.csv", 1) == []
+
+
+def test_predictions_name_classes_and_survive_odd_paths(tmp_path):
+    odd = "/a b/주름, [1]/\udcff.jpg"  # a file name that is not valid UTF-8
+    write_predictions(
+        tmp_path / "p.csv", [odd, "/x.jpg"], np.array([0, 1]), np.array([[0.7, 0.3], [0.6, 0.4]]), ["0", "3"]
+    )
+    with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["path", "label", "prediction", "correct", "prob_0", "prob_3"],
+        [odd, "0", "0", "1", "0.700000", "0.300000"],
+        ["/x.jpg", "3", "0", "0", "0.600000", "0.400000"],
+    ]
+
+
+def test_a_run_folder_is_never_an_existing_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda pattern: "20260101_120000")
+    names = []
+    for _ in range(3):
+        folder = timestamped_folder(tmp_path / "checkpoints")
+        folder.mkdir()
+        names.append(folder.name)
+    assert names == [f"checkpoints_20260101_120000{end}" for end in ("", "_2", "_3")]
+
+
+def test_folders_that_exist_or_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for name, reason in [(".", "exists"), ("file", "exists"), ("dangling", "exists"), ("file/run", "not a folder")]:
+        with pytest.raises(UserError, match=f"--run_dir: .*{reason}"):
+            check_new_folder(tmp_path / name, "--run_dir")
+    check_new_folder(tmp_path / "new" / "run", "--run_dir")

@@ -1,0 +1,92 @@
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torchvision.transforms.v2.functional import normalize
+
+from files import UserError
+from model import CHECKPOINT_KEYS, Model, backbone_state_dict, load_checkpoint, read_weights, save_checkpoint
+
+
+def checkpoint_with(**content):
+    return {**dict.fromkeys(CHECKPOINT_KEYS), "model_state_dict": {}, **content}
+
+
+def test_model_normalises_bytes_as_torchvision_does():
+    model = Model(3).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    normalised = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), model(normalised))
+
+
+def test_torchvisions_weights_load_whole(tmp_path):
+    theirs = torchvision.models.resnet50().state_dict()
+    torch.save(theirs, tmp_path / "resnet50.pth")
+    state_dict, classes = read_weights(tmp_path / "resnet50.pth")
+    model = Model(3)
+    head = model.head.weight.clone()
+    model.load_initial_weights(state_dict, classes, ["a", "b", "c"])
+    ours = model.state_dict()
+    assert all(torch.equal(ours[f"backbone.{name}"], value) for name, value in theirs.items() if name[:3] != "fc.")
+    assert torch.equal(model.head.weight, head)
+
+
+@pytest.mark.parametrize("classes, taken", [(["a", "b"], True), (["a", "c"], False), (["a", "b", "c"], False)])
+def test_the_head_of_a_checkpoint_is_taken_only_for_the_same_classes(tmp_path, classes, taken):
+    trained = Model(2)
+    save_checkpoint(tmp_path / "m.pth", checkpoint_with(model_state_dict=trained.state_dict(), classes=["a", "b"]))
+    model = Model(len(classes))
+    model.load_initial_weights(*read_weights(tmp_path / "m.pth"), classes)
+    assert torch.equal(model.backbone.conv1.weight, trained.backbone.conv1.weight)
+    assert torch.equal(model.head.weight, trained.head.weight) is taken
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [1, 2], {"conv1.weight": torch.zeros(64, 3, 7, 7)}])
+def test_weights_of_another_kind_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"--weights: .*other\.pth"):
+        read_weights(tmp_path / "other.pth")
+
+
+def test_dropout_acts_in_training_only():
+    model, images = Model(2, dropout_prob=0.9), torch.randn(2, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    model.dropout.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_checkpoint_comes_back_as_it_was_written(tmp_path):
+    checkpoint = checkpoint_with(epoch=3, classes=["0", "주름"], splits={"train": ["a b.jpg"]}, best_metric=0.5)
+    save_checkpoint(tmp_path / "last.pth", checkpoint)
+    assert load_checkpoint(tmp_path / "last.pth") == checkpoint
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last.pth", checkpoint_with(model_state_dict=Model(2).head.state_dict()))
+    whole = (tmp_path / "last.pth").read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.pth"):
+            load_checkpoint(tmp_path / "cut.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    (tmp_path / "attack.pth").write_bytes(pickle.dumps(Attack()))
+    torch.save({"epoch": Attack()}, tmp_path / "attack2.pth")
+    for name in ("attack.pth", "attack2.pth"):
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_backbone_names_carry_no_head():
+    assert list(backbone_state_dict({"conv1.weight": 1, "fc.weight": 2})) == ["backbone.conv1.weight"]

@@ -1,0 +1,24 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from files import HISTORY_COLUMNS
+from report import plot_confusion_matrix, plot_curves
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Korean font draws boxes, but draws
+@pytest.mark.parametrize("classes", [2, 7, 40])
+def test_confusion_matrix_is_drawn_for_any_number_of_classes(tmp_path, classes):
+    names = [f"등급 {c}" for c in range(classes)]
+    plot_confusion_matrix(tmp_path / "c.png", np.diag(range(classes)), names, "test")
+    with Image.open(tmp_path / "c.png") as image:
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(10**7)) > 20
+
+
+def test_curves_are_drawn_from_numbers_and_from_a_history_read_back(tmp_path):
+    rows = [dict.fromkeys(HISTORY_COLUMNS, str(0.1 * epoch)) | {"epoch": str(epoch)} for epoch in range(3)]
+    rows.append(dict.fromkeys(HISTORY_COLUMNS, 0.3) | {"epoch": 3})
+    plot_curves(tmp_path / "curves.png", rows, best_epoch=2)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size[0] > image.size[1] > 300
