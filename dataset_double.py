@@ -134,8 +134,12 @@ def _class_folders(folder, flag):
 
 def _files_below(folder):
     """Every file below `folder` in a fixed order, links followed, each folder entered once (a link may lead back)."""
+
+    def refuse(error):  # os.walk would pass over a folder that it may not read
+        raise error
+
     files, entered = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real_place = os.path.realpath(place)
         if real_place in entered:
             subfolders.clear()
@@ -360,6 +364,8 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        # of its own: else it would draw from the random state of dropout, more or less often by the number of workers
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

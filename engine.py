@@ -70,7 +70,7 @@ class Engine:
             return self.model(images).float()
 
     def train_one_epoch(self, loader, epoch):
-        """-> {"train_loss", "train_acc", "images_per_second", "learning_rate"}.
+        """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step)}.
 
         Raises UserError, naming epoch and step, when the loss is not finite.
         """
@@ -82,17 +82,18 @@ class Engine:
             targets = targets.to(self.device, non_blocking=True)
             logits = self.forward(images)
             loss = self.criterion(logits, targets)
+            learning_rate = self.optimizer.param_groups[0]["lr"]
             self._update_weights(loss)
             figures.add(loss, logits, targets)
             if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(loader):
                 mean_loss = figures.check()
                 rate = figures.images / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {self.learning_rate:.2e}, {rate:.0f} images/s")
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {learning_rate:.2e}, {rate:.0f} images/s")
         return {
             "train_loss": figures.loss / figures.images,
             "train_acc": figures.correct.item() / figures.images,
             "images_per_second": figures.images / (time.perf_counter() - started),
-            "learning_rate": self.learning_rate,
+            "learning_rate": learning_rate,
         }
 
     def _update_weights(self, loss):
@@ -104,10 +105,6 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-
-    @property
-    def learning_rate(self):
-        return self.optimizer.param_groups[0]["lr"]
 
     @torch.inference_mode()
     def evaluate(self, loader, name):

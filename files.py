@@ -1,11 +1,12 @@
 """What every room needs: files written whole or not at all, and what a user sees of errors and progress."""
 
 import csv
+import itertools
 import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,34 +48,37 @@ def atomic_write(path, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
-def check_new_folder(folder, flag):
-    """Raise `UserError` unless `folder` does not exist yet and can be made."""
-    folder = Path(folder)
-    if folder.exists() or folder.is_symlink():
-        raise UserError(f"{flag}: {folder} exists already; name a new folder (to continue a run, use --resume)")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{flag}: {folder} cannot be made: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {folder} cannot be made: {parent} is not writable")
+@contextmanager
+def new_folder(folder, flag, numbered=False):
+    """Make `folder`, which must not exist yet, with its parents; take it away again if the body fails with it empty.
 
-
-def make_folder(folder, flag):
-    """Make `folder`, which must be new, with its parents."""
+    numbered: where the name is taken (by a run that began in the same second), add `_2`, `_3` ... instead of failing.
+    Raises UserError, naming `flag`, if it exists or cannot be made.
+    """
+    wanted = Path(folder).absolute()
+    missing_parents = [parent for parent in wanted.parents if not parent.exists()]
+    names = itertools.chain([wanted.name], (f"{wanted.name}_{number}" for number in itertools.count(2)))
+    for folder in map(wanted.with_name, names):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError as error:
+            if not numbered:
+                raise UserError(f"{flag}: {folder} exists already; name a new folder, or --resume its run") from error
+        except OSError as error:
+            raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
     try:
-        Path(folder).mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # it holds something by now, and stays
+            for empty in (folder, *missing_parents):
+                empty.rmdir()
+        raise
 
 
-def timestamped_folder(prefix):
-    """`<prefix>_YYYYMMDD_HHMMSS`, with `_2`, `_3` ... behind it when another run took that second."""
-    stem = f"{prefix}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder, number = Path(stem), 1
-    while folder.exists():
-        number += 1
-        folder = Path(f"{stem}_{number}")
-    return folder
+def timestamped(prefix):
+    """-> `<prefix>_YYYYMMDD_HHMMSS`"""
+    return f"{prefix}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
 def write_json(path, content):

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,10 +39,9 @@ from dataset_double import (
 from engine import Engine, lr_lambda, resolve_amp
 from files import (
     UserError,
-    check_new_folder,
-    make_folder,
+    new_folder,
     read_history,
-    timestamped_folder,
+    timestamped,
     write_history,
     write_json,
     write_predictions,
@@ -215,6 +215,7 @@ def check_resume_flags(args, checkpoint):
     own_folder = os.path.dirname(os.path.abspath(args.resume))
     if args.run_dir and os.path.abspath(args.run_dir) != own_folder:
         raise UserError(f"--run_dir: a resumed run goes on in the checkpoint's own folder, {own_folder}")
+    args.run_dir = None
     if not os.path.exists(os.path.join(own_folder, "best_model.pth")):
         raise UserError(f"--resume: {own_folder} has no best_model.pth; put the run's best model beside {args.resume}")
 
@@ -228,18 +229,15 @@ def choose_device(name):
     return device
 
 
-def choose_run_dir(args):
-    """The folder to write to; checked, not made yet, so that a mistake found later leaves nothing behind."""
-    if args.resume and not args.eval_only:
-        return Path(args.resume).absolute().parent
+def run_folder(args):
+    """-> context of the folder to write to: the checkpoint's own when resuming, else a new one."""
     if args.run_dir:
-        folder, flag = Path(args.run_dir), "--run_dir"
-    elif args.eval_only:
-        folder, flag = timestamped_folder(Path(args.resume).absolute().parent / "eval"), "--run_dir"
-    else:
-        folder, flag = timestamped_folder(args.output_dir), "--output_dir"
-    check_new_folder(folder, flag)
-    return folder
+        return new_folder(args.run_dir, "--run_dir")
+    if args.eval_only:
+        return new_folder(timestamped(Path(args.resume).absolute().parent / "eval"), "--run_dir", numbered=True)
+    if args.resume:
+        return nullcontext(Path(args.resume).absolute().parent)
+    return new_folder(timestamped(args.output_dir), "--output_dir", numbered=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -280,12 +278,12 @@ def data_to_evaluate(args, checkpoint):
         for part in given
     }
     own = {part: checkpoint["splits"][part] for part in ("val", "test") if part not in given}
-    if given and not all(os.path.exists(path) for paths in own.values() for path in paths):
-        print(f"the checkpoint's own {' and '.join(own)} images are not here: only --{given[0]}_dirs is evaluated")
+    if list(own) == ["val"] and not all(map(os.path.exists, own["val"])):
+        print("the checkpoint's own validation images are not here: only --test_dirs is evaluated")
     elif own:
-        folders = {**checkpoint["args"], "data_dirs": args.data_dirs}
-        folders = [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in folders[name] or []]
-        parts.update(restore_split(index_folders(folders, checkpoint["classes"]), own))
+        first_run = {**checkpoint["args"], "data_dirs": args.data_dirs}
+        folders = [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in first_run[name] or []]
+        parts |= restore_split(index_folders(folders, checkpoint["classes"]), own)
     return drop_broken({part: parts[part] for part in PARTS if part in parts}, args.skip_broken)
 
 
@@ -315,9 +313,8 @@ def initial_weights(args):
     return None
 
 
-def build_engine(args, criterion, num_classes):
+def build_engine(args, device, criterion, num_classes):
     model = Model(num_classes, args.dropout_prob)
-    device = choose_device(args.device)
     return Engine(model, criterion, device, resolve_amp(args.amp, device), clip_grad=args.clip_grad)
 
 
@@ -460,12 +457,11 @@ def print_results(results, run_dir):
 # -------------------------------------------------------------------------------------------------- the experiment
 
 
-def train(args, checkpoint, run_dir):
+def train(args, checkpoint, device, run_dir):
     """The experiment, in the order that matters: the classes are counted and the loss built before any oversampling."""
     state_dict = None if checkpoint else initial_weights(args)
     if args.demo:
-        make_folder(run_dir, "--run_dir")
-        args.data_dirs = [demo.write_demo_data(run_dir.absolute() / "demo_data", args.seed)]
+        args.data_dirs = [demo.write_demo_data(run_dir / "demo_data", args.seed)]
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
 
@@ -480,9 +476,9 @@ def train(args, checkpoint, run_dir):
         train_set = AugmentedSkinDataset(train_set, args.target_samples_per_class, args.augmentation_methods, args.seed)
         print(f"oversampled by augmentation: {samples_per_cls.sum()} -> {len(train_set)} images an epoch")
 
-    engine = build_engine(args, criterion, len(classes))
-    train_loader = loader_for(train_set, args, engine.device, training=True)
-    val_loader = loader_for(parts["val"], args, engine.device)
+    engine = build_engine(args, device, criterion, len(classes))
+    train_loader = loader_for(train_set, args, device, training=True)
+    val_loader = loader_for(parts["val"], args, device)
     add_optimizer(engine, args, len(train_loader))
     if checkpoint:
         progress = restore(engine, checkpoint, args, run_dir)
@@ -490,8 +486,6 @@ def train(args, checkpoint, run_dir):
         progress = Progress()
         if state_dict:
             engine.model.load_initial_weights(*state_dict, classes)
-        if not args.demo:
-            make_folder(run_dir, "--run_dir" if args.run_dir else "--output_dir")
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
     precision = {None: "float32"}.get(engine.amp_dtype, str(engine.amp_dtype).removeprefix("torch."))
@@ -535,12 +529,11 @@ def make_loss(args, samples_per_cls):
     )
 
 
-def evaluate_only(args, checkpoint, run_dir):
+def evaluate_only(args, checkpoint, device, run_dir):
     parts = data_to_evaluate(args, checkpoint)
     samples_per_cls = checkpoint["samples_per_cls"]
-    engine = build_engine(args, make_loss(args, samples_per_cls), len(checkpoint["classes"]))
+    engine = build_engine(args, device, make_loss(args, samples_per_cls), len(checkpoint["classes"]))
     engine.model.load_state_dict(checkpoint["model_state_dict"])
-    make_folder(run_dir, "--run_dir")
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
     results, _, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["epoch"], samples_per_cls)
@@ -560,18 +553,24 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    run_dir = None
+    args = None
     try:
         args, checkpoint = parse_args(argv)
-        run_dir = choose_run_dir(args)
-        choose_device(args.device)
-        (evaluate_only if args.eval_only else train)(args, checkpoint, run_dir)
+        device = choose_device(args.device)
+        with run_folder(args) as run_dir:
+            args.run_dir = str(run_dir)
+            (evaluate_only if args.eval_only else train)(args, checkpoint, device, run_dir)
     except UserError as error:
         # an error raised in a loader worker arrives with that process's traceback in front of its text
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
-        last = run_dir / "last_model.pth" if run_dir else None
+        last = Path(args.run_dir, "last_model.pth") if args and args.run_dir else None
         how = f"go on with: python main.py --resume {last}" if last and last.exists() else "no epoch was finished yet"
         print(f"stopped; {how}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130

@@ -19,9 +19,9 @@ def plot_curves(path, history, best_epoch):
     panels = {
         loss_axes: {"train_loss": "training", "val_loss": "validation"},
         metric_axes: {
-            "val_balanced_acc": "balanced accuracy",
-            "val_macro_f1": "macro F1",
-            "val_acc": "accuracy",
+            "val_balanced_acc": "validation balanced accuracy",
+            "val_macro_f1": "validation macro F1",
+            "val_acc": "validation accuracy",
             "train_acc": "training accuracy",
         },
     }
@@ -33,9 +33,11 @@ def plot_curves(path, history, best_epoch):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
     loss_axes.set_title("loss")
-    metric_axes.set_title("validation metrics")
+    loss_axes.set_yscale("log")  # the first epochs of a new network are off by orders of magnitude
+    loss_axes.legend()
+    metric_axes.set_title("metrics")
+    metric_axes.legend(loc="lower right")
     metric_axes.set_ylim(0, 1)
     _save(figure, path)
 
@@ -60,7 +62,7 @@ def plot_confusion_matrix(path, matrix, classes, title):
     axes.set_title(title)
     if len(classes) <= 25:
         for (row, column), count in np.ndenumerate(matrix):
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{shares[row, column]:.0%}\n{count}", ha="center", va="center", color=color, size=8)
     _save(figure, path)
 

@@ -111,6 +111,11 @@ def test_learning_rate_warms_up_and_falls_along_half_a_cosine():
     assert lr_lambda(0, 10)(0) == 1
 
 
+def test_the_learning_rate_of_the_history_is_the_last_one_used():
+    engine = make_engine(lr=1e-2)
+    assert engine.train_one_epoch(batches(1), 0)["learning_rate"] == pytest.approx(0.5e-2)
+
+
 def test_amp_names_and_the_choice_for_this_machine():
     assert [resolve_amp(name, CPU) for name in ("off", "bf16", "fp16")] == [None, torch.bfloat16, torch.float16]
     assert resolve_amp("auto", CPU) in (None, torch.bfloat16)

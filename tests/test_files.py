@@ -8,9 +8,9 @@ from files import (
     HISTORY_COLUMNS,
     UserError,
     atomic_write,
-    check_new_folder,
+    new_folder,
     read_history,
-    timestamped_folder,
+    timestamped,
     write_history,
     write_predictions,
 )
@@ -53,16 +53,23 @@ def test_a_run_folder_is_never_an_existing_one(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda pattern: "20260101_120000")
     names = []
     for _ in range(3):
-        folder = timestamped_folder(tmp_path / "checkpoints")
-        folder.mkdir()
-        names.append(folder.name)
+        with new_folder(timestamped(tmp_path / "checkpoints"), "--output_dir", numbered=True) as folder:
+            names.append(folder.name)
     assert names == [f"checkpoints_20260101_120000{end}" for end in ("", "_2", "_3")]
 
 
 def test_folders_that_exist_or_cannot_be_made_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    for name, reason in [(".", "exists"), ("file", "exists"), ("dangling", "exists"), ("file/run", "not a folder")]:
-        with pytest.raises(UserError, match=f"--run_dir: .*{reason}"):
-            check_new_folder(tmp_path / name, "--run_dir")
-    check_new_folder(tmp_path / "new" / "run", "--run_dir")
+    for name, reason in [(".", "exists"), ("file", "exists"), ("dangling", "exists"), ("file/run", "Not a directory")]:
+        with pytest.raises(UserError, match=f"--run_dir: .*{reason}"), new_folder(tmp_path / name, "--run_dir"):
+            pass
+
+
+def test_a_new_folder_goes_again_with_its_parents_when_it_stays_empty(tmp_path):
+    for leaves_something in (False, True):
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "run", "--run_dir") as folder:
+            if leaves_something:
+                (folder / "last_model.pth").touch()
+            raise KeyboardInterrupt
+        assert (tmp_path / "a").exists() is leaves_something

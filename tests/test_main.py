@@ -1,0 +1,418 @@
+"""main.py end to end, on tiny images: what a run leaves, resuming, evaluating, and every kind of bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_COUNTS, TINY_FLAGS, run_main, write_class_folders, write_images
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+import main
+from dataset_double import AUGMENTATIONS
+from files import HISTORY_COLUMNS
+from model import CHECKPOINT_KEYS, load_checkpoint, save_checkpoint
+
+ROOT = Path(main.__file__).parent
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def history_but_times(run_dir):
+    times = ("seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in times} for row in read_rows(run_dir / "history.csv")]
+
+
+def weights(path):
+    return load_checkpoint(path)["model_state_dict"]
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    """A run folder of one's own, with links to the finished run's files (checkpoints are large)."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for file in finished_run.iterdir():
+        if file.is_file():
+            os.link(file, folder / file.name)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------- a run's files
+
+
+def test_a_run_leaves_the_files_it_promises(finished_run):
+    assert {path.name for path in finished_run.iterdir()} == {
+        "args.json", "splits.json", "history.csv", "last_model.pth", "best_model.pth", "val_predictions.csv",
+        "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png",
+    }  # fmt: skip
+
+
+def test_history_has_a_row_an_epoch(finished_run):
+    rows = read_rows(finished_run / "history.csv")
+    assert tuple(rows[0]) == HISTORY_COLUMNS
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+
+
+def test_splits_are_disjoint_stratified_and_the_counts_are_of_the_originals(finished_run):
+    splits = json.loads((finished_run / "splits.json").read_text())
+    assert {part: len(paths) for part, paths in splits.items()} == {"train": 21, "val": 7, "test": 7}
+    assert len({path for paths in splits.values() for path in paths}) == 35
+    results = json.loads((finished_run / "results.json").read_text())
+    assert results["classes"] == ["0", "2", "10"]
+    assert results["samples_per_cls"] == [12, 6, 3]  # though augmentation made 12 of each
+
+
+def test_results_agree_with_the_predictions_by_scikit_learn(finished_run):
+    results = json.loads((finished_run / "results.json").read_text())
+    for part in ("val", "test"):
+        rows = read_rows(finished_run / f"{part}_predictions.csv")
+        labels, predictions = [row["label"] for row in rows], [row["prediction"] for row in rows]
+        figures = results[part]
+        assert set(figures) == {"loss", "acc", "balanced_acc", "macro_f1", "per_class", "confusion_matrix"}
+        assert figures["balanced_acc"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+        assert figures["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+        assert figures["acc"] == pytest.approx(np.mean([int(row["correct"]) for row in rows]))
+        for row in rows:
+            probabilities = [float(row[f"prob_{name}"]) for name in results["classes"]]
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+            assert results["classes"][int(np.argmax(probabilities))] == row["prediction"]
+            assert Path(row["path"]).parent.name == row["label"]
+
+
+def test_the_best_epoch_decides_what_is_tested(finished_run):
+    rows = read_rows(finished_run / "history.csv")
+    results = json.loads((finished_run / "results.json").read_text())
+    best = load_checkpoint(finished_run / "best_model.pth")
+    assert results["best_epoch"] == best["epoch"] == best["best_epoch"]
+    metric = [float(row["val_balanced_acc"]) for row in rows]
+    assert metric[best["epoch"]] == max(metric) == best["best_metric"] == results["val"]["balanced_acc"]
+
+
+def test_a_checkpoint_holds_all_that_resuming_needs(finished_run):
+    last = torch.load(finished_run / "last_model.pth", weights_only=True)
+    assert set(last) == set(CHECKPOINT_KEYS)
+    assert last["epoch"] == 1 and last["samples_per_cls"] == [12, 6, 3] and last["classes"] == ["0", "2", "10"]
+    assert last["args"] == json.loads((finished_run / "args.json").read_text())
+    assert last["splits"] == json.loads((finished_run / "splits.json").read_text())
+
+
+# --------------------------------------------------------------------------------------- same numbers, resuming
+
+
+def test_same_seed_same_numbers_whatever_the_number_of_workers(finished_run, data_dir, tmp_path):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--num_workers", 2]
+    assert run_main(*flags, "--run_dir", tmp_path / "again") == 0
+    assert history_but_times(tmp_path / "again") == history_but_times(finished_run)
+    assert same_weights(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
+
+
+def test_a_resumed_run_ends_with_the_same_weights(data_dir, tmp_path, monkeypatch):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--lr", "1e-4", "--run_dir"]
+    assert run_main(*flags, tmp_path / "whole") == 0
+    stopped = tmp_path / "stopped"
+
+    real_epoch = main.train_and_validate
+
+    def power_cut(engine, train_loader, val_loader, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real_epoch(engine, train_loader, val_loader, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train_and_validate", power_cut)
+        assert run_main(*flags, stopped) == 130
+    assert not (stopped / "results.json").exists()
+    assert run_main("--resume", stopped / "last_model.pth") == 0
+    assert history_but_times(stopped) == history_but_times(tmp_path / "whole")
+    for name in ("last_model.pth", "best_model.pth"):
+        assert same_weights(weights(stopped / name), weights(tmp_path / "whole" / name))
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert json.loads((stopped / "results.json").read_text()) == whole
+
+
+def test_a_finished_run_goes_on_for_more_epochs_without_doubled_rows(copied_run, finished_run):
+    before = weights(finished_run / "last_model.pth")
+    command = ["--resume", copied_run / "last_model.pth", "--epochs", 3, "--lr", "5e-4", "--weight_decay", 0.3]
+    assert run_main(*command) == 0
+    rows = read_rows(copied_run / "history.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert rows[:2] == read_rows(finished_run / "history.csv")
+    last = load_checkpoint(copied_run / "last_model.pth")
+    assert last["epoch"] == 2 and last["args"]["learning_rate"] == 5e-4
+    assert last["optimizer_state_dict"]["param_groups"][0]["weight_decay"] == 0.3
+    assert not same_weights(before, last["model_state_dict"])
+    assert [row["epoch"] for row in read_rows(finished_run / "history.csv")] == ["0", "1"]
+
+
+def test_resuming_from_the_best_epoch_takes_the_later_rows_back(copied_run):
+    best = load_checkpoint(copied_run / "best_model.pth")
+    save_checkpoint(copied_run / "best_model.pth", {**best, "epoch": 0, "best_epoch": 0})
+    assert run_main("--resume", copied_run / "best_model.pth", "--wandb_id", "2x3y4z5w", "--wandb_resume", "allow") == 0
+    assert [row["epoch"] for row in read_rows(copied_run / "history.csv")] == ["0", "1"]
+    assert load_checkpoint(copied_run / "last_model.pth")["wandb_id"] == "2x3y4z5w"
+
+
+def test_resuming_a_finished_run_only_tests_it_again(copied_run, finished_run):
+    os.unlink(copied_run / "results.json")
+    assert run_main("--resume", copied_run / "last_model.pth") == 0
+    assert (copied_run / "results.json").read_text() == (finished_run / "results.json").read_text()
+
+
+def test_eval_only_gives_the_figures_of_the_run(copied_run, finished_run):
+    assert run_main("--eval_only", "--resume", copied_run / "best_model.pth") == 0
+    (folder,) = copied_run.glob("eval_*")
+    expected = json.loads((finished_run / "results.json").read_text())
+    assert json.loads((folder / "results.json").read_text()) == expected
+    names = ("test_predictions.csv", "val_predictions.csv")
+    assert all((folder / name).read_bytes() == (finished_run / name).read_bytes() for name in names)
+
+
+def test_eval_only_on_other_images_needs_neither_the_own_data_nor_every_class(copied_run, tmp_path, capsys):
+    elsewhere = write_class_folders(tmp_path / "other", {"2": 3, "10": 4}, seed=5)
+    checkpoint = load_checkpoint(copied_run / "best_model.pth")
+    gone = {part: [path + ".gone" for path in paths] for part, paths in checkpoint["splits"].items()}
+    save_checkpoint(tmp_path / "moved.pth", {**checkpoint, "splits": gone})
+    out = tmp_path / "out"
+    flags = ["--eval_only", "--resume", tmp_path / "moved.pth", "--test_dirs", elsewhere, "--run_dir", out]
+    assert run_main(*flags) == 0
+    assert "only --test_dirs is evaluated" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert "val" not in results
+    assert [row["support"] for row in results["test"]["per_class"].values()] == [0, 3, 4]
+    assert len(read_rows(out / "test_predictions.csv")) == 7
+
+
+def test_images_from_elsewhere_take_the_place_of_a_share(data_dir, tmp_path):
+    for part in ("val", "test"):
+        write_class_folders(tmp_path / part, {"0": 2, "2": 2, "10": 2}, seed=9)
+    flags = ["--data_dirs", data_dir, "--val_dirs", tmp_path / "val", "--test_dirs", tmp_path / "test", "--epochs", 1]
+    assert run_main(*flags, *TINY_FLAGS[:5], "--train_loss", "ce", "--run_dir", tmp_path / "run") == 0
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text())
+    assert {part: len(paths) for part, paths in splits.items()} == {"train": 35, "val": 6, "test": 6}
+    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 2) == 0
+
+
+def test_weights_of_a_run_start_another_with_other_classes(finished_run, tmp_path):
+    data = write_class_folders(tmp_path / "data", {"dry": 5, "oily": 5})
+    flags = ["--data_dirs", data, "--weights", finished_run / "best_model.pth", "--image_size", 32, "--epochs", 1]
+    assert run_main(*flags, "--lr", "1e-9", "--run_dir", tmp_path / "run") == 0
+    start, end = weights(finished_run / "best_model.pth"), weights(tmp_path / "run/last_model.pth")
+    torch.testing.assert_close(end["backbone.layer4.0.conv2.weight"], start["backbone.layer4.0.conv2.weight"])
+    assert end["head.weight"].shape[0] == 2
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def test_a_sweeps_way_of_writing_flags_is_understood():
+    parse = main.build_parser().parse_args
+    assert parse(["--use_augmentation=True"]).use_augmentation is True
+    assert parse(["--use_augmentation=false", "--pretrained=False"]).use_augmentation is False
+    assert parse(["--no-pretrained"]).pretrained is False and parse([]).pretrained is True
+    assert parse(["--use_augmentation", "--lr=0.001"]).learning_rate == 1e-3
+
+
+def test_promised_names_and_defaults():
+    defaults = vars(main.build_parser().parse_args([]))
+    promised = {
+        "split": [0.6, 0.2, 0.2], "image_size": 224, "batch_size": 32, "epochs": 100, "dropout_prob": 0.3,
+        "train_loss": "cb", "beta": 0.999, "gamma": 2.0, "best_metric": "val_balanced_acc", "seed": 42, "amp": "auto",
+        "pretrained": True,
+        "output_dir": "checkpoints", "use_augmentation": False, "augmentation_methods": list(AUGMENTATIONS),
+    }  # fmt: skip
+    assert {name: defaults[name] for name in promised} == promised
+
+
+def test_the_readme_names_every_flag():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    flags = {option for action in main.build_parser()._actions for option in action.option_strings}
+    missing = {flag for flag in flags - {"-h", "--help"} if f"`{flag}" not in readme and not flag.startswith("--no-")}
+    assert not missing
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def check_refused(capsys, tmp_path, flags, *wanted):
+    """Status 2, one `error:` line that holds every text of `wanted`, and nothing left behind."""
+    before = sorted(tmp_path.rglob("*"))
+    assert run_main(*flags) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: "), errors
+    for text in wanted:
+        assert str(text) in errors[0]
+    assert "Traceback" not in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+BAD_FLAGS = {
+    "no data at all": ([], "--data_dirs"),
+    "unknown loss": (["--train_loss", "hinge"], "--train_loss", "cb"),
+    "negative learning rate": (["--learning_rate", "-1"], "--learning_rate", "above 0"),
+    "learning rate nan": (["--lr", "nan"], "--lr"),
+    "beta one": (["--beta", "1.0"], "--beta", "below 1"),
+    "negative gamma": (["--gamma", "-0.5"], "--gamma"),
+    "split that does not sum to 1": (["--split", "0.6", "0.2", "0.1"], "--split"),
+    "split without a test set": (["--split", "0.8", "0.2", "0"], "--split", "test"),
+    "no epochs": (["--epochs", "0"], "--epochs"),
+    "half a batch": (["--batch_size", "0.5"], "--batch_size"),
+    "tiny images": (["--image_size", "8"], "--image_size"),
+    "unknown flag": (["--learnign_rate", "0.1"], "--learnign_rate"),
+    "unknown method": (["--augmentation_methods", "mosaic"], "--augmentation_methods"),
+    "unknown device": (["--device", "abacus"], "--device"),
+    "neither true nor false": (["--use_augmentation=maybe"], "--use_augmentation"),
+    "eval_only without a checkpoint": (["--eval_only"], "--resume"),
+    "demo with data": (["--demo"], "--demo"),
+    "alpha for other classes": (["--train_loss", "focal", "--alpha", "1", "2"], "--alpha", "3 classes"),
+    "missing checkpoint": (["--resume", "nowhere.pth"], "--resume", "nowhere.pth"),
+    "missing weights": (["--weights", "nowhere.pth"], "--weights", "nowhere.pth"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_refused(name, capsys, tmp_path, data_dir):
+    flags, *wanted = BAD_FLAGS[name]
+    data = [] if name == "no data at all" else ["--data_dirs", data_dir]
+    check_refused(capsys, tmp_path, [*data, "--no-pretrained", "--run_dir", tmp_path / "run", *flags], *wanted)
+
+
+def empty_file(data):
+    (data / "0" / "x.png").write_bytes(b"")
+
+
+def text_as_jpeg(data):
+    (data / "0" / "x.jpg").write_text("hello")
+
+
+def truncated_jpeg(data):
+    (path,) = write_images(data / "0", 1, suffix=".jpg", size=(300, 300))
+    path.write_bytes(path.read_bytes()[:4000])
+
+
+def class_without_image(data):
+    (data / "3").mkdir()
+
+
+def one_class_only(data):
+    for name in ("2", "10"):
+        (data / name).rename(data / f".{name}")
+
+
+def too_few_images(data):
+    write_images(data / "5", 2)
+
+
+BAD_DATA = {
+    empty_file: ("x.png", "empty file", "--skip_broken"),
+    text_as_jpeg: ("x.jpg", "--skip_broken"),
+    truncated_jpeg: ("000.jpg", "truncated"),
+    class_without_image: ("--data_dirs", "'3'"),
+    one_class_only: ("--data_dirs", "one class"),
+    too_few_images: ("--split", "'5'", "(2)"),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_DATA, ids=lambda function: function.__name__)
+def test_bad_data_are_refused(spoil, capsys, tmp_path):
+    data = write_class_folders(tmp_path / "data")
+    spoil(data)
+    check_refused(
+        capsys, tmp_path, ["--data_dirs", data, "--no-pretrained", "--run_dir", tmp_path / "run"], *BAD_DATA[spoil]
+    )
+
+
+def test_folders_that_are_not_there_or_no_class_folders_are_refused(capsys, tmp_path, data_dir):
+    flags = ["--no-pretrained", "--run_dir", tmp_path / "run", "--data_dirs"]
+    check_refused(capsys, tmp_path, [*flags, tmp_path / "gone"], "--data_dirs", tmp_path / "gone")
+    check_refused(capsys, tmp_path, [*flags, data_dir / "0"], "holds images, not class folders")
+    (tmp_path / "empty").mkdir()
+    check_refused(capsys, tmp_path, [*flags, tmp_path / "empty"], "no class folders")
+    check_refused(capsys, tmp_path, [*flags, data_dir, "--test_dirs", data_dir], "--test_dirs", "twice")
+
+
+def test_output_folders_that_exist_or_cannot_be_made_are_refused(capsys, tmp_path, data_dir):
+    flags = ["--data_dirs", data_dir, "--no-pretrained"]
+    (tmp_path / "file").write_text("")
+    check_refused(capsys, tmp_path, [*flags, "--run_dir", tmp_path], "--run_dir", "exists")
+    check_refused(capsys, tmp_path, [*flags, "--run_dir", tmp_path / "file" / "run"], "--run_dir", "Not a directory")
+    check_refused(capsys, tmp_path, [*flags, "--output_dir", tmp_path / "file" / "run"], "--output_dir")
+    check_refused(capsys, tmp_path, [*flags, "--output_dir", "/proc/checkpoints"], "--output_dir", "/proc")
+
+
+def test_checkpoints_that_are_none_or_cut_short_or_of_other_classes_are_refused(capsys, tmp_path, copied_run):
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes((copied_run / "last_model.pth").read_bytes()[:-1000])
+    for name, reason in [("text.pth", "damaged"), ("other.pth", "not a checkpoint"), ("cut.pth", "damaged")]:
+        check_refused(capsys, tmp_path, ["--resume", tmp_path / name], "--resume", name, reason)
+    data = write_class_folders(tmp_path / "data", {"0": 5, "2": 5, "10": 5, "11": 5})
+    resume = ["--resume", copied_run / "last_model.pth"]
+    check_refused(capsys, tmp_path, [*resume, "--data_dirs", data], "--data_dirs", "'11'")
+    check_refused(capsys, tmp_path, [*resume, "--split", "0.5", "0.3", "0.2"], "--split")
+    check_refused(capsys, tmp_path, [*resume, "--run_dir", tmp_path / "elsewhere"], "--run_dir")
+    check_refused(capsys, tmp_path, [*resume, "--demo"], "--demo")
+    other = write_class_folders(tmp_path / "moved", TINY_COUNTS)
+    check_refused(capsys, tmp_path, [*resume, "--data_dirs", other], "--resume", "21 of 21 train images")
+
+
+def test_a_diverging_training_stops_in_one_line_and_keeps_its_checkpoint(capsys, tmp_path, copied_run):
+    before = weights(copied_run / "last_model.pth")
+    flags = ["--resume", copied_run / "last_model.pth", "--epochs", 4, "--lr", "1e20", "--clip_grad", 0, "--amp", "off"]
+    assert run_main(*flags) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: the loss is") and "epoch 2, step" in error
+    assert same_weights(weights(copied_run / "last_model.pth"), before)
+
+
+# ------------------------------------------------------------------------------------- as a user's shell sees it
+
+
+def start_main(*flags, **options):
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **options
+    )
+
+
+def test_without_network_and_weights_the_error_comes_before_the_data_are_read(tmp_path, data_dir):
+    """A proxy that refuses every connection stands for a server without internet."""
+    offline = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    process = start_main("--data_dirs", data_dir, "--output_dir", tmp_path / "run", env=offline)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "effective" not in out  # the table of classes, the first that is printed of the data
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: --pretrained") and "--weights FILE" in line
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, data_dir, number, status):
+    run_dir = tmp_path / "run"
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 500, "--run_dir", run_dir]
+    process = start_main(*flags)
+    deadline = time.monotonic() + 60
+    while not (run_dir / "last_model.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    (line,) = err.strip().splitlines()
+    assert f"--resume {run_dir / 'last_model.pth'}" in line
+    assert load_checkpoint(run_dir / "last_model.pth")["epoch"] >= 0
