@@ -189,6 +189,9 @@ def parse_args(argv):
     elif first.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
     args = parser.parse_args(argv)
+    for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
+        if getattr(args, name):
+            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
     if checkpoint:
         check_resume_flags(args, checkpoint)
     elif args.eval_only:
@@ -198,9 +201,6 @@ def parse_args(argv):
     elif args.data_dirs and args.demo:
         raise UserError("--demo: makes its own data; leave out --data_dirs")
     check_fractions(args.split, [part for part in ("val", "test") if getattr(args, f"{part}_dirs")])
-    for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
-        if getattr(args, name):
-            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
     return args, checkpoint
 
 
@@ -384,12 +384,14 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id):
     }
 
 
-def restore(engine, checkpoint, args, run_dir):
+def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     """Put model, optimizer, schedule, scaler and random state back. -> Progress. Flags given anew win."""
     engine.model.load_state_dict(checkpoint["model_state_dict"])
     engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-    engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
+        engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    engine.scheduler.last_epoch = (checkpoint["epoch"] + 1) * steps_per_epoch  # in steps, as it is stepped
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
@@ -481,7 +483,7 @@ def train(args, checkpoint, device, run_dir):
     val_loader = loader_for(parts["val"], args, device)
     add_optimizer(engine, args, len(train_loader))
     if checkpoint:
-        progress = restore(engine, checkpoint, args, run_dir)
+        progress = restore(engine, checkpoint, args, len(train_loader), run_dir)
     else:
         progress = Progress()
         if state_dict:

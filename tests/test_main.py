@@ -160,6 +160,16 @@ def test_a_finished_run_goes_on_for_more_epochs_without_doubled_rows(copied_run,
     assert [row["epoch"] for row in read_rows(finished_run / "history.csv")] == ["0", "1"]
 
 
+def test_flags_that_change_the_steps_of_an_epoch_or_the_precision_win_when_resuming(copied_run):
+    flags = ["--batch_size", 4, "--amp", "fp16", "--epochs", 4, "--use_augmentation=false"]
+    assert run_main("--resume", copied_run / "last_model.pth", *flags) == 0
+    last = load_checkpoint(copied_run / "last_model.pth")
+    steps_per_epoch = 6  # 21 originals in batches of 4
+    assert last["epoch"] == 3 and last["scheduler_state_dict"]["last_epoch"] == 4 * steps_per_epoch
+    assert last["scaler_state_dict"]["scale"] > 0
+    assert float(read_rows(copied_run / "history.csv")[-1]["learning_rate"]) < 1e-4  # the cosine's end
+
+
 def test_resuming_from_the_best_epoch_takes_the_later_rows_back(copied_run):
     best = load_checkpoint(copied_run / "best_model.pth")
     save_checkpoint(copied_run / "best_model.pth", {**best, "epoch": 0, "best_epoch": 0})
@@ -201,11 +211,12 @@ def test_eval_only_on_other_images_needs_neither_the_own_data_nor_every_class(co
 def test_images_from_elsewhere_take_the_place_of_a_share(data_dir, tmp_path):
     for part in ("val", "test"):
         write_class_folders(tmp_path / part, {"0": 2, "2": 2, "10": 2}, seed=9)
-    flags = ["--data_dirs", data_dir, "--val_dirs", tmp_path / "val", "--test_dirs", tmp_path / "test", "--epochs", 1]
+    elsewhere = ["--val_dirs", os.path.relpath(tmp_path / "val"), "--test_dirs", tmp_path / "test"]
+    flags = ["--data_dirs", data_dir, *elsewhere, "--epochs", 1]
     assert run_main(*flags, *TINY_FLAGS[:5], "--train_loss", "ce", "--run_dir", tmp_path / "run") == 0
     splits = json.loads((tmp_path / "run" / "splits.json").read_text())
     assert {part: len(paths) for part, paths in splits.items()} == {"train": 35, "val": 6, "test": 6}
-    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 2) == 0
+    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 2, *elsewhere) == 0
 
 
 def test_weights_of_a_run_start_another_with_other_classes(finished_run, tmp_path):
