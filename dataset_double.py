@@ -6,6 +6,7 @@ normalises them on its own device.
 
 import os
 import re
+import signal
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -40,15 +41,21 @@ def load_image(path):
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
-    elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray(np.clip(grey * 255 if grey.max() <= 1 else grey, 0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_grey_to_8_bit(np.nan_to_num(np.asarray(image)), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _grey_to_8_bit(grey, mode):
+    """16-bit values by mode; 32-bit integers and floats by their largest, as their files do not say what white is."""
+    if mode == "F" and grey.max() <= 1:
+        grey = grey * 255
+    elif mode.startswith("I;16") or grey.max() > 255:
+        grey = np.clip(grey, 0, 65535) // 256
+    return np.clip(grey, 0, 255).astype(np.uint8)
 
 
 def read_image(path, size):
@@ -111,7 +118,6 @@ def index_folders(folders, classes=None, flag="--data_dirs", allow_missing=False
     _check_classes(names, found, folders, classes, flag, allow_missing)
     names = list(classes) if classes is not None else names
     paths = [path for name in names for path in found.get(name, [])]
-    check_doubles(paths, flag)
     targets = np.repeat(np.arange(len(names)), [len(found.get(name, [])) for name in names])
     return ImageIndex(paths, targets, names)
 
@@ -184,7 +190,7 @@ def drop_broken(indexes, skip_broken):
     Those are listed by path with the reason. Raises UserError if there are any, unless `skip_broken`.
     """
     paths = [path for index in indexes.values() for path in index.paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         reasons = list(progress_bar(pool.map(_why_broken, paths), "checking images", total=len(paths), unit="image"))
     broken = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     for path, reason in broken:
@@ -194,11 +200,16 @@ def drop_broken(indexes, skip_broken):
         raise UserError(
             f"{broken[0][0]} cannot be read: {broken[0][1]}{more}; mend or remove, or leave out with --skip_broken"
         )
+    if not broken:
+        return indexes
     left_out = {path for path, _ in broken}
-    return {
-        name: index.subset([i for i, path in enumerate(index.paths) if path not in left_out]) if broken else index
+    whole = {
+        name: index.subset([i for i, path in enumerate(index.paths) if path not in left_out])
         for name, index in indexes.items()
     }
+    if not all(map(len, whole.values())):
+        raise UserError(f"{broken[0][0]} cannot be read, nor any other image beside it")
+    return whole
 
 
 def _why_broken(path):
@@ -206,7 +217,7 @@ def _why_broken(path):
         load_image(path)
     except Exception as error:  # whatever the decoder raises is the reason that is listed
         empty = os.path.exists(path) and os.path.getsize(path) == 0
-        return "empty file" if empty else str(error).replace(repr(path), "it")
+        return "empty file" if empty else str(error).replace(repr(path), "it") or repr(error)
     return None
 
 
@@ -351,11 +362,23 @@ def to_tensor(image):
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
+def available_cpus():
+    """CPUs that this process may use: fewer than the machine has under a queue or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _leave_signals_to_the_main_process(worker_id):
+    # terminals and queues signal the whole process group; a worker that died of it would look like a crash
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pin_memory=False):
     """Batches of (images (N, 3, H, W) uint8, targets (N,) int64).
 
     Shuffled by (seed, epoch): call `loader.sampler.set_epoch`.
     """
+    # torch's own sampler that shuffles by (seed, epoch) alone
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,
@@ -363,6 +386,7 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=num_workers > 0,
         # of its own: else it would draw from the random state of dropout, more or less often by the number of workers
         generator=torch.Generator().manual_seed(seed),

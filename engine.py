@@ -115,7 +115,9 @@ class Engine:
         targets = torch.cat([targets for _, targets in batches])
         loss = self.criterion(logits, targets.to(self.device)).item()
         if not math.isfinite(loss):
-            raise UserError(f"the loss on the {name} images is {loss}: {NON_FINITE_ADVICE}")
+            raise UserError(
+                f"the loss on the images of {name} is {loss}: the model has diverged, or its file is damaged"
+            )
         return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.numpy().astype(np.int64)
 
 

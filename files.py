@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -50,8 +51,9 @@ def atomic_write(path, mode="w"):
 
 @contextmanager
 def new_folder(folder, flag, numbered=False):
-    """Make `folder`, which must not exist yet, with its parents; take it away again if the body fails with it empty.
+    """Make `folder`, which must not exist yet, with its parents.
 
+    Taken away again if the body fails with it empty, or by a UserError before there is a checkpoint in it.
     numbered: where the name is taken (by a run that began in the same second), add `_2`, `_3` ... instead of failing.
     Raises UserError, naming `flag`, if it exists or cannot be made.
     """
@@ -69,16 +71,20 @@ def new_folder(folder, flag, numbered=False):
             raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
     try:
         yield folder
-    except BaseException:
-        with suppress(OSError):  # it holds something by now, and stays
-            for empty in (folder, *missing_parents):
-                empty.rmdir()
+    except BaseException as error:
+        with suppress(OSError):  # what holds something stays
+            if isinstance(error, UserError) and not list(folder.glob("*.pth")):
+                shutil.rmtree(folder)
+            else:
+                folder.rmdir()
+            for parent in missing_parents:
+                parent.rmdir()
         raise
 
 
 def timestamped(prefix):
     """-> `<prefix>_YYYYMMDD_HHMMSS`"""
-    return f"{prefix}_{time.strftime('%Y%m%d_%H%M%S')}"
+    return f"{os.path.normpath(prefix)}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
 def write_json(path, content):

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dataset_double import (
     PARTS,
     AugmentedSkinDataset,
     DoubleSkinDataset,
+    available_cpus,
     check_doubles,
     check_every_class_in_every_part,
     check_fractions,
@@ -61,10 +62,11 @@ DEMO_DEFAULTS = {
     "pretrained": False,
     "wandb_mode": "disabled",
 }
-# what a flag of the checkpoint's run says nothing about in the run that resumes it
+# flags of the checkpoint's run that say nothing about the run that resumes it
 NOT_INHERITED = ("resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
-# flags that decided the checkpoint's split, which stays
-FIXED_BY_SPLIT = ("split", "val_dirs", "test_dirs")
+# flags whose work is done: the split is made, the training has begun, the best model so far was chosen
+FIXED_ON_RESUME = ("split", "pretrained", "weights")
+FIXED_IN_TRAINING = ("val_dirs", "test_dirs", "best_metric")
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,12 +171,16 @@ def add_run_flags(group):
 
 def add_wandb_flags(group):
     add = group.add_argument
-    modes = ("online", "offline", "disabled")
     add("--wandb_project", default="skin-grading", help="[skin-grading]")
     add("--wandb_name", help="[name of the run's folder]")
     add("--wandb_id", help="go on with this W&B run [that of the checkpoint]")
     add("--wandb_resume", choices=("never", "allow", "must"), default="allow", help="[allow]")
-    add("--wandb_mode", choices=modes, default=tracking.default_mode(), help="[online; goes on offline by itself]")
+    add(
+        "--wandb_mode",
+        choices=tracking.MODES,
+        default=tracking.default_mode(),
+        help="[online; goes on offline by itself]",
+    )
     add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [the run's folder]")
 
 
@@ -185,6 +191,8 @@ def parse_args(argv):
     checkpoint = load_checkpoint(first.resume) if first.resume else None
     if checkpoint:
         known = vars(first).keys() - set(NOT_INHERITED)
+        if "WANDB_MODE" in os.environ:
+            known.discard("wandb_mode")
         parser.set_defaults(**{name: value for name, value in checkpoint["args"].items() if name in known})
     elif first.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
@@ -207,17 +215,24 @@ def parse_args(argv):
 def check_resume_flags(args, checkpoint):
     if args.demo:
         raise UserError("--demo: a run is resumed with its own data; leave out --demo")
+    for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
+        if getattr(args, name) != checkpoint["args"][name]:
+            raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")
     if args.eval_only:
         return
-    for name in FIXED_BY_SPLIT:
-        if getattr(args, name) != checkpoint["args"].get(name):
-            raise UserError(f"--{name}: the split of a resumed run stays as it is; leave this flag out, or start anew")
     own_folder = os.path.dirname(os.path.abspath(args.resume))
     if args.run_dir and os.path.abspath(args.run_dir) != own_folder:
         raise UserError(f"--run_dir: a resumed run goes on in the checkpoint's own folder, {own_folder}")
     args.run_dir = None
-    if not os.path.exists(os.path.join(own_folder, "best_model.pth")):
-        raise UserError(f"--resume: {own_folder} has no best_model.pth; put the run's best model beside {args.resume}")
+    if checkpoint["epoch"] != checkpoint["best_epoch"]:  # else this checkpoint is the best model itself
+        best = load_checkpoint(os.path.join(own_folder, "best_model.pth"))
+        if any(best[key] != checkpoint[key] for key in ("best_epoch", "best_metric", "classes")):
+            raise UserError(
+                f"--resume: {own_folder}/best_model.pth is not the best model of {args.resume} "
+                f"(of epoch {best['epoch']}, not {checkpoint['best_epoch']}); put the right one beside it"
+            )
+    if len(read_history(os.path.join(own_folder, "history.csv"), checkpoint["epoch"])) != checkpoint["epoch"] + 1:
+        raise UserError(f"--resume: {own_folder}/history.csv is missing or lacks epochs; put the run's own beside it")
 
 
 def choose_device(name):
@@ -234,7 +249,8 @@ def run_folder(args):
     if args.run_dir:
         return new_folder(args.run_dir, "--run_dir")
     if args.eval_only:
-        return new_folder(timestamped(Path(args.resume).absolute().parent / "eval"), "--run_dir", numbered=True)
+        beside = os.path.join(os.path.dirname(os.path.abspath(args.resume)), "eval")
+        return new_folder(timestamped(beside), "--run_dir", numbered=True)
     if args.resume:
         return nullcontext(Path(args.resume).absolute().parent)
     return new_folder(timestamped(args.output_dir), "--output_dir", numbered=True)
@@ -262,8 +278,15 @@ def split_data(args):
 
 def restore_data(args, checkpoint):
     """The checkpoint's own split, as it was. -> {part: ImageIndex}."""
-    folders = [*args.data_dirs, *(args.val_dirs or []), *(args.test_dirs or [])]
-    parts = restore_split(index_folders(folders, checkpoint["classes"]), checkpoint["splits"])
+    index = index_folders([*args.data_dirs, *(args.val_dirs or []), *(args.test_dirs or [])], checkpoint["classes"])
+    parts = restore_split(index, checkpoint["splits"])
+    others = len(index) - sum(map(len, parts.values()))
+    if others and args.data_dirs != checkpoint["args"]["data_dirs"]:
+        raise UserError(
+            f"--data_dirs: has {others} images more than the checkpoint's split, which stays; start a new run"
+        )
+    if others:
+        print(f"left out {others} images that are in no part of the checkpoint's split")
     return drop_broken(parts, skip_broken=False)  # without one of its images it would be another split
 
 
@@ -277,6 +300,7 @@ def data_to_evaluate(args, checkpoint):
         part: index_folders(getattr(args, f"{part}_dirs"), checkpoint["classes"], f"--{part}_dirs", allow_missing=True)
         for part in given
     }
+    check_doubles([path for index in parts.values() for path in index.paths], "--val_dirs / --test_dirs")
     own = {part: checkpoint["splits"][part] for part in ("val", "test") if part not in given}
     if list(own) == ["val"] and not all(map(os.path.exists, own["val"])):
         print("the checkpoint's own validation images are not here: only --test_dirs is evaluated")
@@ -291,12 +315,11 @@ def print_class_table(parts, beta):
     """One line a class: its images a part, its share, its effective number and its weight in a Class-Balanced loss."""
     counts = {part: index.counts() for part, index in parts.items()}
     train = counts["train"]
-    weights = class_balanced_weights(train, beta)
+    shares, effective, weights = train / train.sum(), effective_number(train, beta), class_balanced_weights(train, beta)
     print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
     for i, name in enumerate(parts["train"].classes):
         images = " ".join(f"{counts[part][i]:7d}" for part in PARTS)
-        share, effective = train[i] / train.sum(), effective_number(train, beta)[i]
-        print(f"{name:>16} {images} {share:7.1%} {effective:10.1f} {weights[i]:7.3f}")
+        print(f"{name:>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
     totals = " ".join(f"{counts[part].sum():7d}" for part in PARTS)
     print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
 
@@ -332,7 +355,7 @@ def loader_for(index_or_dataset, args, device, training=False):
     """Evaluation keeps the order of the index and takes larger batches, as it needs no memory for gradients."""
     workers = args.num_workers
     if workers is None:
-        workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+        workers = min(8, available_cpus()) if device.type == "cuda" else 0
     return make_loader(
         index_or_dataset if training else DoubleSkinDataset(index_or_dataset, args.image_size),
         args.batch_size if training else 2 * args.batch_size,
@@ -399,6 +422,8 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     torch.set_rng_state(checkpoint["rng_state"]["cpu"])
     if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
+    if checkpoint["epoch"] == checkpoint["best_epoch"] and Path(args.resume).name != "best_model.pth":
+        save_checkpoint(run_dir / "best_model.pth", checkpoint)
     history = read_history(run_dir / "history.csv", checkpoint["epoch"])
     return Progress(checkpoint["epoch"], checkpoint["best_metric"], checkpoint["best_epoch"], history)
 
@@ -410,7 +435,7 @@ def train_and_validate(engine, train_loader, val_loader, epoch):
     if isinstance(train_loader.dataset, AugmentedSkinDataset):
         train_loader.dataset.set_epoch(epoch)
     figures = engine.train_one_epoch(train_loader, epoch)
-    val_loss, probabilities, targets = engine.evaluate(val_loader, "validation")
+    val_loss, probabilities, targets = engine.evaluate(val_loader, f"validation (epoch {epoch})")
     val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}
     return {"epoch": epoch, **figures, "val_loss": val_loss, **val, "seconds": time.perf_counter() - started}
 
@@ -426,30 +451,32 @@ def print_epoch(row, epochs, improved):
 
 
 def evaluate_parts(engine, parts, args, run_dir, best_epoch, samples_per_cls):
-    """Evaluate the best model on each part, write results, predictions and the confusion matrix.
+    """Evaluate the model on each part, write results, predictions and the confusion matrix.
 
-    -> (results, targets and probabilities of the test set).
+    -> (results, {part: (targets, probabilities)}).
     """
     classes = parts["test"].classes
-    results = {"best_epoch": best_epoch}
+    results, answers = {"best_epoch": best_epoch}, {}
     for part, index in parts.items():
         loss, probabilities, targets = engine.evaluate(loader_for(index, args, engine.device), part)
+        answers[part] = targets, probabilities
         results[part] = {"loss": loss, **full_metrics(targets, probabilities, classes)}
         write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities, classes)
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     write_json(run_dir / "results.json", results)
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
-    return results, targets, probabilities
+    return results, answers
 
 
-def print_results(results, run_dir):
+def print_results(results, epoch, run_dir):
+    print(f"model of epoch {epoch}:")
     for part in ("val", "test"):
         if part in results:
             figures = results[part]
             print(
                 f"{part:>4}: balanced accuracy {figures['balanced_acc']:.3f}, macro F1 {figures['macro_f1']:.3f}, "
-                f"accuracy {figures['acc']:.3f}, loss {figures['loss']:.4f} (best epoch {results['best_epoch']})"
+                f"accuracy {figures['acc']:.3f}, loss {figures['loss']:.4f}"
             )
     recalls = ", ".join(f"{name} {figures['recall']:.2f}" for name, figures in results["test"]["per_class"].items())
     print(f"test recall a class: {recalls}")
@@ -499,21 +526,20 @@ def train(args, checkpoint, device, run_dir):
             improved = progress.add_epoch(row, args.best_metric)
             print_epoch(row, args.epochs, improved)
             run.log_epoch(row, progress)
-            write_history(run_dir / "history.csv", progress.history)
             current = make_checkpoint(engine, progress, args, parts, samples_per_cls, run.id)
-            if improved:
-                save_checkpoint(run_dir / "best_model.pth", current)
-            save_checkpoint(run_dir / "last_model.pth", current)
+            with signals_wait():
+                write_history(run_dir / "history.csv", progress.history)
+                save_checkpoint(run_dir / "last_model.pth", current)
+                if improved:  # after the last model: resuming that one can mend this one, not the other way round
+                    save_checkpoint(run_dir / "best_model.pth", current)
 
         best = load_checkpoint(run_dir / "best_model.pth")
         engine.model.load_state_dict(best["model_state_dict"])
         evaluated = {part: parts[part] for part in ("val", "test")}
-        results, targets, probabilities = evaluate_parts(
-            engine, evaluated, args, run_dir, best["epoch"], samples_per_cls.tolist()
-        )
+        results, answers = evaluate_parts(engine, evaluated, args, run_dir, best["epoch"], samples_per_cls.tolist())
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
-        run.log_results(progress.best_row(), results, targets, probabilities)
-    print_results(results, run_dir)
+        run.log_results(progress, results, *answers["test"])
+    print_results(results, best["epoch"], run_dir)
 
 
 def make_loss(args, samples_per_cls):
@@ -538,8 +564,8 @@ def evaluate_only(args, checkpoint, device, run_dir):
     engine.model.load_state_dict(checkpoint["model_state_dict"])
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
-    results, _, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["epoch"], samples_per_cls)
-    print_results(results, run_dir)
+    results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["best_epoch"], samples_per_cls)
+    print_results(results, checkpoint["epoch"], run_dir)
 
 
 class Terminated(KeyboardInterrupt):
@@ -550,12 +576,37 @@ def on_sigterm(*_):
     raise Terminated
 
 
+@contextmanager
+def signals_wait():
+    """Let Ctrl-C and SIGTERM take effect after the body: within torch.save they would come out as another error."""
+    arrived = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    former = [signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, former, strict=True):
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+def how_to_go_on(args, started):
+    """What to say behind "stopped". args: None if they were not parsed yet; started: time.time() of the start."""
+    if args is None or args.eval_only:
+        return ""
+    newest = Path(args.run_dir or "", "last_model.pth")
+    if not (args.run_dir and newest.exists() and newest.stat().st_mtime >= started):
+        newest = args.resume  # this run has saved nothing yet
+    return f"; go on with: python main.py --resume {newest}" if newest else "; no epoch was finished yet"
+
+
 def main(argv=None):
     """-> exit status: 0 done, 2 a mistake of the user's, 130 / 143 stopped by Ctrl-C / SIGTERM."""
     for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    args = None
+    args, started = None, time.time()
     try:
         args, checkpoint = parse_args(argv)
         device = choose_device(args.device)
@@ -572,9 +623,7 @@ def main(argv=None):
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        last = Path(args.run_dir, "last_model.pth") if args and args.run_dir else None
-        how = f"go on with: python main.py --resume {last}" if last and last.exists() else "no epoch was finished yet"
-        print(f"stopped; {how}", file=sys.stderr)
+        print(f"stopped{how_to_go_on(args, started)}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     return 0
 

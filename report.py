@@ -1,5 +1,7 @@
 """Pictures of a run."""
 
+import warnings
+
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,5 +76,8 @@ def _installed(fonts):
 
 def _save(figure, path):
     FigureCanvasAgg(figure)
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb") as file, warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph")
         figure.savefig(file, format="png", dpi=120)
+    if any("Glyph" in str(warning.message) for warning in caught):
+        print(f"{path}: no installed font has all letters of the class names (for Hangul, install Noto Sans CJK)")

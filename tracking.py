@@ -8,6 +8,7 @@ import numpy as np
 from files import UserError
 
 INIT_TIMEOUT_S = 60
+MODES = ("online", "offline", "disabled")
 
 
 class Run:
@@ -21,6 +22,8 @@ class Run:
         self.id = args.wandb_id or (checkpoint and checkpoint["wandb_id"])
         self._run = None
         if args.wandb_mode == "disabled":
+            if args.wandb_id:
+                print("W&B: disabled; --wandb_id is only kept in the checkpoints (to log, add --wandb_mode online)")
             return
         import wandb  # here, since a run without W&B need not have it
 
@@ -32,7 +35,7 @@ class Run:
             "resume": args.wandb_resume,
             "dir": folder,
             "config": {**vars(args), "samples_per_cls": samples_per_cls},
-            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True),
+            "settings": self._settings(),
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # else the agent sets both
             arguments |= {"project": args.wandb_project, "id": self.id}
@@ -41,6 +44,15 @@ class Run:
         # every figure is drawn over the epoch, so that a resumed run goes on as one line
         self._run.define_metric("epoch")
         self._run.define_metric("*", step_metric="epoch")
+
+    def _settings(self):
+        try:
+            settings = self._wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True)
+            self._wandb.setup(settings)  # reads the WANDB_ variables of the environment
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"W&B does not accept a WANDB_ variable of the environment: {reason}") from error
+        return settings
 
     def _start(self, mode, arguments):
         why_offline = None
@@ -60,7 +72,6 @@ class Run:
     def _start_online(self, arguments):
         """-> (run, None), or (None, why there is none)."""
         wandb = self._wandb
-        wandb.setup(arguments["settings"])
         try:
             if not wandb.login(prompt=False, verify=True):
                 return None, "no API key"
@@ -78,9 +89,15 @@ class Run:
         """row: the epoch's row of `history.csv`."""
         if self._run:
             self._run.log({**row, "best_epoch": progress.best_epoch, "best_metric": progress.best_metric})
+            self._summarise_best_epoch(progress)
 
-    def log_results(self, best_row, results, targets, probabilities):
-        """The summary gets the best epoch's row, which is what a sweep compares, and the test figures.
+    def _summarise_best_epoch(self, progress):
+        """The best epoch's figures, not the last one's, are what a sweep compares, also of a trial that is stopped."""
+        best_row = {name: float(value) for name, value in progress.best_row().items() if name != "epoch"}
+        self._run.summary.update(best_row)
+
+    def log_results(self, progress, results, targets, probabilities):
+        """Test figures into the summary, and the test's confusion matrix.
 
         targets: (N,), probabilities: (N, C) of the test set.
         """
@@ -94,7 +111,7 @@ class Run:
             title="test: confusion matrix",
         )
         self._run.log({"test_confusion_matrix": chart})
-        self._run.summary.update({name: float(value) for name, value in best_row.items() if name != "epoch"})
+        self._summarise_best_epoch(progress)
         test = results["test"]
         self._run.summary.update({f"test_{name}": test[name] for name in ("loss", "acc", "balanced_acc", "macro_f1")})
 
@@ -108,8 +125,11 @@ class Run:
 
 def default_mode():
     """`WANDB_MODE` where it is set, else online (which goes on offline by itself)."""
-    mode = os.environ.get("WANDB_MODE", "online")
-    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    mode = os.environ.get("WANDB_MODE") or "online"
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode not in MODES:
+        raise UserError(f"WANDB_MODE: {mode} is none of {', '.join(MODES)}")
+    return mode
 
 
 def _first_line(error):

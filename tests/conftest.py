@@ -8,7 +8,7 @@ from PIL import Image
 
 import main
 
-os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["WANDB_MODE"] = "disabled"
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 

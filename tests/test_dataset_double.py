@@ -125,10 +125,9 @@ def test_other_classes_than_those_of_the_training_are_refused(tmp_path):
 def test_an_image_given_twice_is_refused_also_through_a_link(tmp_path):
     write_class_folders(tmp_path / "a", {"0": 1, "1": 1})
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match="there twice"):
-        index_folders([tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(UserError, match="--test_dirs"):
-        check_doubles([str(tmp_path / "a/0/000.png"), str(tmp_path / "b/0/000.png")], "--test_dirs")
+    index = index_folders([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match=r"--test_dirs: .*there twice"):
+        check_doubles(index.paths, "--test_dirs")
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
@@ -155,6 +154,12 @@ def test_16_bit_greys_are_scaled_not_clipped(tmp_path, suffix):
 def test_float_greys_are_scaled(tmp_path):
     Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "f.tif")
     assert np.asarray(load_image(tmp_path / "f.tif"))[0, :, 1].tolist() == [0, 127, 255]
+
+
+def test_32_bit_greys_are_scaled_by_their_range(tmp_path):
+    for values, expected in [([0, 100, 200], [0, 100, 200]), ([0, 25600, 51200], [0, 100, 200])]:
+        Image.fromarray(np.array([values], dtype=np.int32)).save(tmp_path / "i.tif")
+        assert np.asarray(load_image(tmp_path / "i.tif"))[0, :, 0].tolist() == expected
 
 
 def test_cmyk_palette_grey_and_bilevel_become_rgb(tmp_path):
@@ -207,6 +212,14 @@ def test_broken_files_are_left_out_only_on_demand(broken_folder):
     index = drop_broken({"data": index_folders([broken_folder])}, skip_broken=True)["data"]
     assert index.counts().tolist() == [7, 6]
     assert not any(name in path for path in index.paths for name in ("cut", "text", "empty"))
+
+
+def test_a_part_of_broken_images_only_is_refused_even_on_demand(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "x.png").write_bytes(b"")
+    index = ImageIndex([str(tmp_path / "0" / "x.png")], np.array([0]), ["0", "1"])
+    with pytest.raises(UserError, match=r"x\.png"):
+        drop_broken({"test": index}, skip_broken=True)
 
 
 def test_a_file_that_cannot_be_read_in_training_is_named_not_replaced(broken_folder):

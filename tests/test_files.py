@@ -66,6 +66,18 @@ def test_folders_that_exist_or_cannot_be_made_are_refused(tmp_path):
             pass
 
 
+def test_a_trailing_slash_makes_no_other_folder(tmp_path):
+    assert timestamped(f"{tmp_path}/checkpoints/").startswith(f"{tmp_path}/checkpoints_2")
+
+
+def test_a_refused_run_leaves_nothing_unless_it_has_a_checkpoint(tmp_path):
+    for name in ("args.json", "last_model.pth"):
+        with pytest.raises(UserError), new_folder(tmp_path / "run", "--run_dir") as folder:
+            (folder / name).touch()
+            raise UserError("W&B knows no such run")
+        assert (tmp_path / "run").exists() is (name == "last_model.pth")
+
+
 def test_a_new_folder_goes_again_with_its_parents_when_it_stays_empty(tmp_path):
     for leaves_something in (False, True):
         with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "run", "--run_dir") as folder:

@@ -15,6 +15,7 @@ import torch
 from conftest import TINY_COUNTS, TINY_FLAGS, run_main, write_class_folders, write_images
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
+import demo
 import main
 from dataset_double import AUGMENTATIONS
 from files import HISTORY_COLUMNS
@@ -112,6 +113,16 @@ def test_a_checkpoint_holds_all_that_resuming_needs(finished_run):
     assert last["splits"] == json.loads((finished_run / "splits.json").read_text())
 
 
+def test_the_demo_makes_its_data_trains_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "IMAGES_PER_GRADE", (10, 8, 6, 5, 5))
+    assert run_main("--demo", "--epochs", 1, "--image_size", 32, "--run_dir", tmp_path / "demo") == 0
+    assert f"results lie in {tmp_path / 'demo'}" in capsys.readouterr().out
+    args = json.loads((tmp_path / "demo" / "args.json").read_text())
+    assert args["use_augmentation"] and args["train_loss"] == "cb" and not args["pretrained"]
+    assert run_main("--resume", tmp_path / "demo" / "last_model.pth", "--epochs", 2) == 0
+    assert len(read_rows(tmp_path / "demo" / "history.csv")) == 2
+
+
 # --------------------------------------------------------------------------------------- same numbers, resuming
 
 
@@ -182,6 +193,16 @@ def test_resuming_a_finished_run_only_tests_it_again(copied_run, finished_run):
     os.unlink(copied_run / "results.json")
     assert run_main("--resume", copied_run / "last_model.pth") == 0
     assert (copied_run / "results.json").read_text() == (finished_run / "results.json").read_text()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_best_model_that_a_crash_kept_back_comes_from_the_last_one(copied_run, lost):
+    last = load_checkpoint(copied_run / "last_model.pth")
+    save_checkpoint(copied_run / "last_model.pth", {**last, "best_epoch": last["epoch"], "best_metric": 0.99})
+    if lost:
+        os.unlink(copied_run / "best_model.pth")
+    assert run_main("--resume", copied_run / "last_model.pth") == 0
+    assert load_checkpoint(copied_run / "best_model.pth")["best_metric"] == 0.99
 
 
 def test_eval_only_gives_the_figures_of_the_run(copied_run, finished_run):
@@ -377,9 +398,26 @@ def test_checkpoints_that_are_none_or_cut_short_or_of_other_classes_are_refused(
     check_refused(capsys, tmp_path, [*resume, "--data_dirs", data], "--data_dirs", "'11'")
     check_refused(capsys, tmp_path, [*resume, "--split", "0.5", "0.3", "0.2"], "--split")
     check_refused(capsys, tmp_path, [*resume, "--run_dir", tmp_path / "elsewhere"], "--run_dir")
+    check_refused(capsys, tmp_path, [*resume, "--best_metric", "val_macro_f1"], "--best_metric")
+    check_refused(capsys, tmp_path, [*resume, "--weights", "other.pth"], "--weights")
+    check_refused(capsys, tmp_path, ["--resume", copied_run / "history.csv"], "--resume", "damaged")
     check_refused(capsys, tmp_path, [*resume, "--demo"], "--demo")
     other = write_class_folders(tmp_path / "moved", TINY_COUNTS)
     check_refused(capsys, tmp_path, [*resume, "--data_dirs", other], "--resume", "21 of 21 train images")
+
+
+def test_files_of_another_run_beside_the_checkpoint_are_refused(capsys, tmp_path, copied_run, data_dir):
+    last, best = load_checkpoint(copied_run / "last_model.pth"), load_checkpoint(copied_run / "best_model.pth")
+    save_checkpoint(copied_run / "last_model.pth", {**last, "epoch": 2, "best_epoch": 1, "best_metric": 0.9})
+    save_checkpoint(copied_run / "best_model.pth", {**best, "best_epoch": 0})
+    resume = ["--resume", copied_run / "last_model.pth"]
+    check_refused(capsys, tmp_path, resume, "best_model.pth", "--resume")
+    save_checkpoint(copied_run / "best_model.pth", {**best, "best_epoch": 1, "best_metric": 0.9})
+    check_refused(capsys, tmp_path, resume, "history.csv")
+    more = write_class_folders(tmp_path / "more", TINY_COUNTS, seed=3)
+    save_checkpoint(copied_run / "best_model.pth", {**best, "epoch": 1, "best_epoch": 1})
+    flags = ["--resume", copied_run / "best_model.pth", "--data_dirs", data_dir, more]
+    check_refused(capsys, tmp_path, flags, "--data_dirs", "35 images more")
 
 
 def test_a_diverging_training_stops_in_one_line_and_keeps_its_checkpoint(capsys, tmp_path, copied_run):
@@ -415,13 +453,14 @@ def test_without_network_and_weights_the_error_comes_before_the_data_are_read(tm
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, data_dir, number, status):
+    """The signal goes to the whole process group, loader workers too, as a terminal or a queue sends it."""
     run_dir = tmp_path / "run"
-    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 500, "--run_dir", run_dir]
-    process = start_main(*flags)
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 500, "--num_workers", 2, "--run_dir", run_dir]
+    process = start_main(*flags, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (run_dir / "last_model.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
+        time.sleep(0.02)  # the signal then most likely comes while best_model.pth is being written
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
     (line,) = err.strip().splitlines()

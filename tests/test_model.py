@@ -33,6 +33,14 @@ def test_torchvisions_weights_load_whole(tmp_path):
     assert torch.equal(model.head.weight, head)
 
 
+def test_torchvisions_older_files_without_batch_counts_load_too(tmp_path):
+    old = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if "num_batches_tracked" not in k}
+    torch.save(old, tmp_path / "resnet50.pth")
+    model = Model(3)
+    model.load_initial_weights(*read_weights(tmp_path / "resnet50.pth"), ["a", "b", "c"])
+    assert torch.equal(model.backbone.bn1.weight, old["bn1.weight"])
+
+
 @pytest.mark.parametrize("classes, taken", [(["a", "b"], True), (["a", "c"], False), (["a", "b", "c"], False)])
 def test_the_head_of_a_checkpoint_is_taken_only_for_the_same_classes(tmp_path, classes, taken):
     trained = Model(2)

@@ -6,7 +6,6 @@ from files import HISTORY_COLUMNS
 from report import plot_confusion_matrix, plot_curves
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # a machine without a Korean font draws boxes, but draws
 @pytest.mark.parametrize("classes", [2, 7, 40])
 def test_confusion_matrix_is_drawn_for_any_number_of_classes(tmp_path, classes):
     names = [f"등급 {c}" for c in range(classes)]
@@ -22,3 +21,9 @@ def test_curves_are_drawn_from_numbers_and_from_a_history_read_back(tmp_path):
     plot_curves(tmp_path / "curves.png", rows, best_epoch=2)
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > image.size[1] > 300
+
+
+def test_letters_that_no_font_has_are_told_in_one_line(tmp_path, capsys):
+    plot_confusion_matrix(tmp_path / "c.png", np.eye(2), ["\ue000", "\ue001"], "private letters, in no font")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "c.png" in line and "font" in line

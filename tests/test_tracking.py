@@ -12,6 +12,8 @@ import yaml
 from conftest import TINY_FLAGS
 
 import main
+import tracking
+from files import HISTORY_COLUMNS
 
 ROOT = Path(main.__file__).parent
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
@@ -56,6 +58,29 @@ def test_a_server_that_does_not_answer_means_offline_too(tmp_path, data_dir):
     assert done.returncode == 0, done.stderr
     assert "did not answer" in done.stdout and "wandb sync" in done.stdout
     assert len(synced_runs(tmp_path / "run")) == 1
+
+
+def test_the_summary_has_the_best_epochs_figures_at_any_time(tmp_path):
+    args = main.build_parser().parse_args(["--wandb_mode", "offline"])
+    progress = main.Progress()
+    with tracking.Run(args, tmp_path, None, {"0": 3, "1": 2}) as run:
+        for epoch, metric in enumerate([0.3, 0.7, 0.5]):
+            row = dict.fromkeys(HISTORY_COLUMNS, metric / 2) | {"epoch": epoch, "val_balanced_acc": metric}
+            progress.add_epoch(row, "val_balanced_acc")
+            run.log_epoch(row, progress)
+        summary = dict(run._run.summary)
+    assert summary["val_balanced_acc"] == 0.7 and summary["train_loss"] == 0.35
+    assert summary["epoch"] == 2 and summary["best_epoch"] == 1
+
+
+@pytest.mark.parametrize("name, value", [("WANDB_MODE", "shared"), ("WANDB_BASE_URL", "127.0.0.1:9")])
+def test_a_wandb_variable_that_makes_no_sense_is_refused_in_one_line(tmp_path, data_dir, name, value):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
+    done = run_main(*flags, cwd=tmp_path, **{"WANDB_MODE": "online", name: value})
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "WANDB_" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_disabled_touches_nothing(finished_run):
