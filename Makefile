@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV_PYTHON = .venv/bin/python
 
 .PHONY: demo test lint clean

@@ -517,7 +517,7 @@ def train(args, checkpoint, device, run_dir):
             engine.model.load_initial_weights(*state_dict, classes)
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
-    precision = {None: "float32"}.get(engine.amp_dtype, str(engine.amp_dtype).removeprefix("torch."))
+    precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 
     with tracking.Run(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as run:
