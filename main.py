@@ -538,6 +538,7 @@ def train(args, checkpoint, device, run_dir):
         evaluated = {part: parts[part] for part in ("val", "test")}
         results, answers = evaluate_parts(engine, evaluated, args, run_dir, best["epoch"], samples_per_cls.tolist())
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
+        report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, *answers["test"])
     print_results(results, best["epoch"], run_dir)
 
@@ -565,6 +566,7 @@ def evaluate_only(args, checkpoint, device, run_dir):
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
     results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["best_epoch"], samples_per_cls)
+    report.write_report(run_dir, vars(args), results)
     print_results(results, checkpoint["epoch"], run_dir)
 
 

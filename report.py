@@ -1,6 +1,9 @@
-"""Pictures of a run."""
+"""Pictures of a run, and the page that shows them with the figures."""
 
+import base64
+import html
 import warnings
+from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
@@ -81,3 +84,53 @@ def _save(figure, path):
         figure.savefig(file, format="png", dpi=120)
     if any("Glyph" in str(warning.message) for warning in caught):
         print(f"{path}: no installed font has all letters of the class names (for Hangul, install Noto Sans CJK)")
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
+td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
+img { max-width: 100%; margin: .5rem 0 } summary { cursor: pointer }
+"""
+SUMMARY_COLUMNS = ("balanced_acc", "macro_f1", "acc", "loss")
+
+
+def write_report(run_dir, args, results):
+    """Write `report.html`, one file that needs no other: the figures, the run's pictures, the flags.
+
+    args: {flag: value}; results: as in `results.json`.
+    """
+    run_dir = Path(run_dir)
+    parts = [part for part in ("val", "test") if part in results]
+    summary = [[part, *(f"{results[part][name]:.3f}" for name in SUMMARY_COLUMNS)] for part in parts]
+    counts = dict(zip(results["classes"], results["samples_per_cls"], strict=True))
+    per_class = [
+        [name, counts[name], row["support"], *(f"{row[key]:.3f}" for key in ("recall", "precision", "f1"))]
+        for name, row in results["test"]["per_class"].items()
+    ]
+    pictures = [_picture(path) for path in (run_dir / "confusion_matrix.png", run_dir / "curves.png") if path.exists()]
+    title = html.escape(run_dir.name)
+    page = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
+        f"<h1>{title}</h1><p>Best epoch: {results['best_epoch']}</p>",
+        _table(["", "balanced accuracy", "macro F1", "accuracy", "loss"], summary),
+        "<h2>Test, class by class</h2>",
+        _table(["class", "training images", "test images", "recall", "precision", "F1"], per_class),
+        *pictures,
+        "<details><summary>Flags of the run</summary>",
+        _table(["flag", "value"], [[f"--{name}", value] for name, value in args.items() if value is not None]),
+        "</details></html>",
+    ]
+    with atomic_write(run_dir / "report.html") as file:
+        file.write("\n".join(page))
+
+
+def _table(heads, rows):
+    cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
+    head = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+
+
+def _picture(path):
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'

@@ -59,7 +59,7 @@ def copied_run(finished_run, tmp_path):
 def test_a_run_leaves_the_files_it_promises(finished_run):
     assert {path.name for path in finished_run.iterdir()} == {
         "args.json", "splits.json", "history.csv", "last_model.pth", "best_model.pth", "val_predictions.csv",
-        "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png",
+        "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png", "report.html",
     }  # fmt: skip
 
 
