@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test clean
 
 demo: .venv/installed
 	$(VENV_PYTHON) main.py --demo

@@ -121,9 +121,6 @@ class Engine:
         return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.numpy().astype(np.int64)
 
 
-NON_FINITE_ADVICE = "the training has diverged; resume from the last checkpoint with a smaller --learning_rate"
-
-
 class RunningFigures:
     """Sums over the steps of an epoch, kept on the device; `check` brings the losses over, some steps at a time."""
 
@@ -142,7 +139,10 @@ class RunningFigures:
         losses = torch.stack([loss for loss, _ in self._unchecked]).tolist()
         for loss, (_, size) in zip(losses, self._unchecked, strict=True):
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at epoch {self.epoch}, step {self.steps}: {NON_FINITE_ADVICE}")
+                raise UserError(
+                    f"the loss is {loss} at epoch {self.epoch}, step {self.steps}: the training has diverged; "
+                    "resume from the last checkpoint with a smaller --learning_rate"
+                )
             self.loss += loss * size
             self.steps += 1
         self._unchecked.clear()

@@ -9,7 +9,7 @@ from files import UserError, atomic_write
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-OPTIONAL = ".num_batches_tracked"  # not in torchvision's older files
+BATCH_COUNT = ".num_batches_tracked"  # of batch norm; torchvision's older files do without
 
 CHECKPOINT_KEYS = (
     "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "best_metric",
@@ -45,7 +45,7 @@ class Model(nn.Module):
         use_head = classes is not None and list(classes) == list(own_classes)
         chosen = {name: value for name, value in state_dict.items() if use_head or name.startswith("backbone.")}
         missing, unexpected = self.load_state_dict(chosen, strict=False)
-        missing = {name for name in missing if not name.startswith("head.") and not name.endswith(OPTIONAL)}
+        missing = {name for name in missing if not name.startswith("head.") and not name.endswith(BATCH_COUNT)}
         assert not unexpected and not missing, (missing, unexpected)
 
 
@@ -70,7 +70,7 @@ def read_weights(path):
     with torch.device("meta"):
         expected = backbone_state_dict(resnet_custom.resnet50().state_dict())
     for name, tensor in expected.items():
-        if name.endswith(OPTIONAL):
+        if name.endswith(BATCH_COUNT):
             continue
         if name not in state_dict or state_dict[name].shape != tensor.shape:
             raise UserError(f"--weights: {path} does not hold a ResNet-50: {name} is missing or of another shape")
