@@ -1,15 +1,19 @@
-"""One epoch of training and one pass of evaluation, on whatever device; they share their forward pass."""
+"""One epoch of training and one pass of evaluation, on whatever device; they share their batches and forward pass."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from files import UserError, progress_bar
 
-CHECK_EVERY = 10  # steps between looks at the loss: each look makes a GPU wait
+CHECK_EVERY = 10  # steps between looks at the loss
+PROGRESSIVE_SHARES = (1 / 2, 3 / 4, 1)  # of the image size, each for a third of the epochs
+NETWORK_STRIDE = 16  # of the ResNet-50 with last-stage stride 1
 
 
 def resolve_amp(amp, device):
@@ -45,6 +49,67 @@ def lr_lambda(warmup_steps, total_steps):
     return factor
 
 
+def progressive_size(epoch, epochs, image_size):
+    """Side of the training images at an epoch: half, three quarters and the whole of `image_size`, a third each.
+
+    Rounded up to a multiple of the network's stride; the last epoch always sees the whole size.
+    """
+    thirds_to_come = 3 * (epochs - 1 - epoch) // epochs
+    share = PROGRESSIVE_SHARES[-1 - thirds_to_come]
+    side = math.ceil(image_size * share / NETWORK_STRIDE) * NETWORK_STRIDE
+    return min(side, image_size)
+
+
+def resize(images, size):
+    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, antialiased."""
+    if images.shape[-1] == size:
+        return images
+    resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return resized.round_().to(torch.uint8)
+
+
+class DeviceBatches:
+    """The batches of a loader, brought to `device`: (images (N, 3, H, W) uint8, targets (N,) int64).
+
+    On a GPU each batch is copied on a stream of its own while the one before it is computed on.
+    waited: seconds for which the caller has waited for batches so far.
+    """
+
+    def __init__(self, loader, device):
+        self.loader, self.device, self.waited = loader, device, 0.0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        started = time.perf_counter()
+        for batch in self._copied_ahead() if self.device.type == "cuda" else map(self._to_device, self.loader):
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+        self.waited += time.perf_counter() - started
+
+    def _to_device(self, batch):
+        images, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return images, targets
+
+    def _copied_ahead(self):
+        stream = torch.cuda.Stream(self.device)
+        copied = None
+        for batch in itertools.chain(self.loader, [None]):
+            former = copied
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    copied = self._to_device(batch), stream.record_event()
+            if former is not None:
+                tensors, event = former
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(event)
+                for tensor in tensors:  # else the allocator could give its memory away while it is computed on
+                    tensor.record_stream(current)
+                yield tensors
+
+
 @dataclass
 class Engine:
     """A model with all that is needed to train and evaluate it on `device`, in `amp_dtype` (None: float32)."""
@@ -56,49 +121,60 @@ class Engine:
     optimizer: torch.optim.Optimizer | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     clip_grad: float = 0.0  # largest norm of the gradient; 0: not clipped
+    grad_accum: int = 1  # batches a step of the optimizer
+    compile: bool = False
 
     def __post_init__(self):
         self.model.to(self.device, memory_format=torch.channels_last)
         self.criterion.to(self.device)
+        if self.compile:
+            self.model.compile()
         # scales the loss under float16 only, whose small gradients would vanish; elsewhere it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     def forward(self, images):
-        """images: (N, 3, H, W) uint8 on any device -> logits: (N, C) float32 on this one."""
-        images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        """images: (N, 3, H, W) uint8 on this device -> logits: (N, C) float32."""
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.model(images).float()
 
-    def train_one_epoch(self, loader, epoch):
-        """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step)}.
+    def train_one_epoch(self, loader, epoch, image_size=None):
+        """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step), "input_wait"}.
 
-        Raises UserError, naming epoch and step, when the loss is not finite.
+        image_size: side that the images are resized to; None: as they come. input_wait: the share of the time, 0..1,
+        spent waiting for images. Raises UserError, naming epoch and step, when the loss is not finite.
         """
         self.model.train()
         figures = RunningFigures(epoch, self.device)
+        batches = DeviceBatches(loader, self.device)
         started = time.perf_counter()
-        bar = progress_bar(loader, f"epoch {epoch}")
-        for step, (images, targets) in enumerate(bar):
-            targets = targets.to(self.device, non_blocking=True)
-            logits = self.forward(images)
-            loss = self.criterion(logits, targets)
+        bar = progress_bar(batches, f"epoch {epoch}")
+        for group in groups_of(bar, self.grad_accum):
             learning_rate = self.optimizer.param_groups[0]["lr"]
-            self._update_weights(loss)
-            figures.add(loss, logits, targets)
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(loader):
+            self._step(group, figures, image_size)
+            if figures.unchecked >= CHECK_EVERY:
                 mean_loss = figures.check()
                 rate = figures.images / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {learning_rate:.2e}, {rate:.0f} images/s")
+        mean_loss = figures.check(last=True)
+        seconds = time.perf_counter() - started
         return {
-            "train_loss": figures.loss / figures.images,
+            "train_loss": mean_loss,
             "train_acc": figures.correct.item() / figures.images,
-            "images_per_second": figures.images / (time.perf_counter() - started),
+            "images_per_second": figures.images / seconds,
             "learning_rate": learning_rate,
+            "input_wait": batches.waited / seconds,
         }
 
-    def _update_weights(self, loss):
+    def _step(self, batches, figures, image_size):
+        """One step of the optimizer with the mean gradient over all images of `batches`. Never makes a GPU wait."""
+        group_size = sum(len(targets) for _, targets in batches)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        for images, targets in batches:
+            logits = self.forward(resize(images, image_size) if image_size else images)
+            loss = self.criterion(logits, targets)
+            self.scaler.scale(loss * (len(targets) / group_size)).backward()
+            figures.add(loss, logits, targets)
         if self.clip_grad:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -110,40 +186,80 @@ class Engine:
     def evaluate(self, loader, name):
         """Every image once -> (mean loss, probabilities (N, C) float32 array, targets (N,) int64 array)."""
         self.model.eval()
-        batches = [(self.forward(images), targets) for images, targets in progress_bar(loader, name)]
+        device_batches = progress_bar(DeviceBatches(loader, self.device), name)
+        batches = [(self.forward(images), targets) for images, targets in device_batches]
         logits = torch.cat([logits for logits, _ in batches])
         targets = torch.cat([targets for _, targets in batches])
-        loss = self.criterion(logits, targets.to(self.device)).item()
+        loss = self.criterion(logits, targets).item()
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss on the images of {name} is {loss}: the model has diverged, or its file is damaged"
             )
-        return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.numpy().astype(np.int64)
+        return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.cpu().numpy().astype(np.int64)
+
+
+def groups_of(iterable, size):
+    """Lists of `size` items, the last one of what is left."""
+    iterator = iter(iterable)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 class RunningFigures:
-    """Sums over the steps of an epoch, kept on the device; `check` brings the losses over, some steps at a time."""
+    """Sums over the batches of an epoch, kept on the device.
+
+    Losses are brought over some batches at a time, one look later than they are asked for: a GPU need not stop for it.
+    """
 
     def __init__(self, epoch, device):
-        self.epoch, self.loss, self.images, self.steps = epoch, 0.0, 0, 0
+        self.epoch, self.loss, self.images = epoch, 0.0, 0
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._unchecked = []
+        self._unchecked, self._on_the_way = [], None
+        self._checked_steps = self._checked_images = 0
+
+    @property
+    def unchecked(self):
+        return len(self._unchecked)
 
     def add(self, loss, logits, targets):
         self._unchecked.append((loss.detach(), len(targets)))
         self.correct += (logits.detach().argmax(dim=1) == targets).sum()
         self.images += len(targets)
 
-    def check(self):
-        """-> the mean loss so far. Raises UserError naming the first step since the last check that is not finite."""
-        losses = torch.stack([loss for loss, _ in self._unchecked]).tolist()
-        for loss, (_, size) in zip(losses, self._unchecked, strict=True):
+    def check(self, last=False):
+        """-> the mean loss up to the look before this one, or of the whole epoch if it is the `last`.
+
+        Raises UserError naming the first batch whose loss is not finite.
+        """
+        self._receive()
+        self._send()
+        if last:
+            self._receive()
+        return self.loss / self._checked_images if self._checked_images else math.nan
+
+    def _send(self):
+        if not self._unchecked:
+            return
+        losses = torch.stack([loss for loss, _ in self._unchecked])
+        copy = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=losses.is_cuda)
+        copy.copy_(losses, non_blocking=True)
+        arrived = torch.cuda.current_stream(losses.device).record_event() if losses.is_cuda else None
+        self._on_the_way = copy, arrived, [size for _, size in self._unchecked]
+        self._unchecked = []
+
+    def _receive(self):
+        if self._on_the_way is None:
+            return
+        losses, arrived, sizes = self._on_the_way
+        if arrived is not None:
+            arrived.synchronize()
+        self._on_the_way = None
+        for loss, size in zip(losses.tolist(), sizes, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at epoch {self.epoch}, step {self.steps}: the training has diverged; "
+                    f"the loss is {loss} at epoch {self.epoch}, step {self._checked_steps}: the training has diverged; "
                     "resume from the last checkpoint with a smaller --learning_rate"
                 )
             self.loss += loss * size
-            self.steps += 1
-        self._unchecked.clear()
-        return self.loss / self.images
+            self._checked_images += size
+            self._checked_steps += 1

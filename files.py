@@ -103,7 +103,7 @@ def read_history(path, last_epoch):
 
 def write_history(path, rows):
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

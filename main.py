@@ -37,7 +37,7 @@ from dataset_double import (
     restore_split,
     stratified_split,
 )
-from engine import Engine, lr_lambda, resolve_amp
+from engine import Engine, lr_lambda, progressive_size, resolve_amp
 from files import (
     UserError,
     new_folder,
@@ -154,8 +154,11 @@ def add_training_flags(group):
     add("--weight_decay", type=number(float, low=0), default=0.01, help="AdamW [0.01]")
     add("--warmup_epochs", type=number(float, low=0), default=1.0, help="warm-up, then half a cosine to zero [1]")
     add("--clip_grad", type=number(float, low=0), default=1.0, help="norm of the gradient; 0: off [1.0]")
+    add("--grad_accum", type=number(int, low=1), default=1, help="batches a step of the optimizer [1]")
+    add_switch(group, "progressive", False, "train on small images first, on the whole size in the last third")
     add("--best_metric", choices=metrics, default=metrics[0], help="decides which epoch is kept [val_balanced_acc]")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision [auto]")
+    add_switch(group, "compile", False, "torch.compile: minutes at the start, a faster step")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
     add("--num_workers", type=number(int, low=0), help="loader processes [0 on a CPU, up to 8 on a GPU]")
     add("--seed", type=number(int, low=0, below=2**32), default=42, help="[42]")
@@ -337,14 +340,21 @@ def initial_weights(args):
 
 
 def build_engine(args, device, criterion, num_classes):
-    model = Model(num_classes, args.dropout_prob)
-    return Engine(model, criterion, device, resolve_amp(args.amp, device), clip_grad=args.clip_grad)
+    return Engine(
+        Model(num_classes, args.dropout_prob),
+        criterion,
+        device,
+        resolve_amp(args.amp, device),
+        clip_grad=args.clip_grad,
+        grad_accum=args.grad_accum,
+        compile=args.compile,
+    )
 
 
 def add_optimizer(engine, args, steps_per_epoch):
     """AdamW and the schedule of its learning rate, step by step."""
     engine.optimizer = torch.optim.AdamW(
-        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
@@ -428,13 +438,14 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     return Progress(checkpoint["epoch"], checkpoint["best_metric"], checkpoint["best_epoch"], history)
 
 
-def train_and_validate(engine, train_loader, val_loader, epoch):
+def train_and_validate(engine, train_loader, val_loader, epoch, args):
     """One epoch. -> its row of `history.csv`."""
     started = time.perf_counter()
     train_loader.sampler.set_epoch(epoch)
     if isinstance(train_loader.dataset, AugmentedSkinDataset):
         train_loader.dataset.set_epoch(epoch)
-    figures = engine.train_one_epoch(train_loader, epoch)
+    image_size = progressive_size(epoch, args.epochs, args.image_size) if args.progressive else None
+    figures = engine.train_one_epoch(train_loader, epoch, image_size)
     val_loss, probabilities, targets = engine.evaluate(val_loader, f"validation (epoch {epoch})")
     val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}
     return {"epoch": epoch, **figures, "val_loss": val_loss, **val, "seconds": time.perf_counter() - started}
@@ -446,7 +457,8 @@ def print_epoch(row, epochs, improved):
         f" | train loss {row['train_loss']:.4f} acc {row['train_acc']:.3f}"
         f" | val loss {row['val_loss']:.4f} acc {row['val_acc']:.3f}"
         f" balanced_acc {row['val_balanced_acc']:.3f} macro_f1 {row['val_macro_f1']:.3f}"
-        f" | {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s{' | best so far' if improved else ''}"
+        f" | {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s, waiting for input {row['input_wait']:.1%}"
+        f"{' | best so far' if improved else ''}"
     )
 
 
@@ -508,9 +520,10 @@ def train(args, checkpoint, device, run_dir):
     engine = build_engine(args, device, criterion, len(classes))
     train_loader = loader_for(train_set, args, device, training=True)
     val_loader = loader_for(parts["val"], args, device)
-    add_optimizer(engine, args, len(train_loader))
+    steps_per_epoch = math.ceil(len(train_loader) / args.grad_accum)
+    add_optimizer(engine, args, steps_per_epoch)
     if checkpoint:
-        progress = restore(engine, checkpoint, args, len(train_loader), run_dir)
+        progress = restore(engine, checkpoint, args, steps_per_epoch, run_dir)
     else:
         progress = Progress()
         if state_dict:
@@ -522,7 +535,7 @@ def train(args, checkpoint, device, run_dir):
 
     with tracking.Run(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as run:
         for epoch in range(progress.epoch + 1, args.epochs):
-            row = train_and_validate(engine, train_loader, val_loader, epoch)
+            row = train_and_validate(engine, train_loader, val_loader, epoch, args)
             improved = progress.add_epoch(row, args.best_metric)
             print_epoch(row, args.epochs, improved)
             run.log_epoch(row, progress)

@@ -37,7 +37,7 @@ class Model(nn.Module):
 
     def forward(self, images):
         if images.dtype == torch.uint8:
-            images = (images - self.mean) / self.std
+            images = images.float().sub_(self.mean).div_(self.std)
         return self.head(self.dropout(self.backbone(images)))
 
     def load_initial_weights(self, state_dict, classes=None, own_classes=None):

@@ -1,10 +1,12 @@
 import math
+import shutil
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from engine import Engine, lr_lambda, resolve_amp
+from engine import DeviceBatches, Engine, lr_lambda, progressive_size, resize, resolve_amp
 from files import UserError
 from utils import CBLoss, CrossEntropy
 
@@ -32,14 +34,86 @@ def batches(count=12, size=8, classes=3):
     return list(zip(images.split(size), targets.split(size), strict=True))
 
 
-def make_engine(amp_dtype=None, criterion=None, lr=1e-2, clip_grad=1.0):
+def make_engine(amp_dtype=None, criterion=None, lr=1e-2, clip_grad=1.0, compile=False):
     torch.manual_seed(0)
     model = SmallNet()
     model(torch.zeros(2, 3, 9, 9))
-    engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, clip_grad=clip_grad)
-    engine.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, clip_grad=clip_grad, compile=compile)
+    engine.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
     return engine
+
+
+def linear_engine(grad_accum=1):
+    """Without batch norm, whose statistics depend on how images are put into batches."""
+    torch.manual_seed(0)
+    engine = make_engine()
+    engine.model, engine.grad_accum = nn.Sequential(ToFloat(), nn.Flatten(), nn.Linear(243, 3)), grad_accum
+    engine.optimizer = torch.optim.SGD(engine.model.parameters(), lr=1e-2)
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
+    return engine
+
+
+class ToFloat(nn.Module):
+    def forward(self, images):
+        return images / 255
+
+
+def test_accumulated_batches_train_as_one_large_batch_does():
+    small, large = [*batches(5, 8), *batches(1, 3)], []
+    for first in range(0, 6, 4):  # 4 batches of 8; then one of 8 and one of 3
+        images, targets = zip(*small[first : first + 4], strict=True)
+        large.append((torch.cat(images), torch.cat(targets)))
+    one, other = linear_engine(grad_accum=4), linear_engine()
+    figures, expected = one.train_one_epoch(small, 0), other.train_one_epoch(large, 0)
+    torch.testing.assert_close(one.model.state_dict(), other.model.state_dict())
+    assert figures["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+    assert one.scheduler.last_epoch == 2
+
+
+def test_progressive_sizes_grow_by_thirds_and_end_with_the_whole():
+    assert [progressive_size(epoch, 12, 224) for epoch in range(12)] == [112] * 4 + [176] * 4 + [224] * 4
+    assert [progressive_size(epoch, 3, 64) for epoch in range(3)] == [32, 48, 64]
+    assert progressive_size(0, 1, 224) == 224
+    assert all(progressive_size(epochs - 1, epochs, 100) == 100 for epochs in range(1, 40))
+
+
+def test_resizing_on_the_device_is_antialiased_and_keeps_bytes():
+    checker = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).mul(255).to(torch.uint8).expand(2, 3, 64, 64)
+    small = resize(checker, 16)
+    assert small.shape == (2, 3, 16, 16) and small.dtype == torch.uint8
+    assert (small.float() - 127.5).abs().max() < 10
+    assert resize(checker, 64) is checker
+
+
+def test_training_at_another_size_feeds_the_model_images_of_that_size():
+    seen = []
+    engine = make_engine()
+    engine.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].shape[-1]))
+    engine.model.layers[-1] = nn.Linear(8 * 3 * 3, 3)  # of 8 px images
+    engine.train_one_epoch(batches(2), 0, image_size=8)
+    assert seen == [8, 8]
+
+
+def test_the_share_of_waiting_is_measured():
+    def slow_loader():
+        for batch in batches(4):
+            time.sleep(0.05)
+            yield batch
+
+    device_batches = DeviceBatches(slow_loader(), CPU)
+    for _ in device_batches:
+        time.sleep(0.02)
+    assert 0.2 <= device_batches.waited < 0.25
+    assert make_engine().train_one_epoch(batches(), 0)["input_wait"] < 0.2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_computes_the_same():
+    plain, compiled = make_engine(), make_engine(compile=True)
+    expected = plain.train_one_epoch(batches(2), 0)["train_loss"]
+    assert compiled.train_one_epoch(batches(2), 0)["train_loss"] == pytest.approx(expected, rel=1e-4)
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])

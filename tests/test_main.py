@@ -140,10 +140,10 @@ def test_a_resumed_run_ends_with_the_same_weights(data_dir, tmp_path, monkeypatc
 
     real_epoch = main.train_and_validate
 
-    def power_cut(engine, train_loader, val_loader, epoch):
+    def power_cut(engine, train_loader, val_loader, epoch, args):
         if epoch == 1:
             raise KeyboardInterrupt
-        return real_epoch(engine, train_loader, val_loader, epoch)
+        return real_epoch(engine, train_loader, val_loader, epoch, args)
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "train_and_validate", power_cut)
