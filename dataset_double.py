@@ -1,27 +1,28 @@
-"""Class folders -> index -> splits -> data sets -> loaders.
+"""Class folders -> index -> splits -> data sets -> augmentation -> loaders.
 
 An image is a (H, W, 3) uint8 RGB array until the loader hands batches of (N, 3, H, W) uint8 to the model, which
 normalises them on its own device.
 """
 
+import math
 import os
 import re
 import signal
+import sys
 import unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from files import UserError, progress_bar
+from files import UserError
+from image_cache import ImageCache, Paths, read_image, stat_of
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
@@ -30,56 +31,35 @@ PARTS = ("train", "val", "test")
 cv2.setNumThreads(0)
 
 
-# ---------------------------------------------------------------------------------------------- reading one image
-
-
-def load_image(path):
-    """Decode a file -> 8-bit RGB PIL image, upright by its EXIF orientation.
-
-    16-bit and float greys are scaled, not clipped; transparent pixels are laid on white.
-    Raises whatever the decoder raises when the file is broken, cut short or no image.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_grey_to_8_bit(np.nan_to_num(np.asarray(image)), image.mode))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _grey_to_8_bit(grey, mode):
-    """16-bit values by mode; 32-bit integers and floats by their largest, as their files do not say what white is."""
-    if mode == "F" and grey.max() <= 1:
-        grey = grey * 255
-    elif mode.startswith("I;16") or grey.max() > 255:
-        grey = np.clip(grey, 0, 65535) // 256
-    return np.clip(grey, 0, 255).astype(np.uint8)
-
-
-def read_image(path, size):
-    """Decode and resize (antialiased, to a square) -> (size, size, 3) uint8. Raises UserError if it can't be read."""
-    try:
-        image = load_image(path)
-    except Exception as error:  # a decoder raises nearly anything on a broken file; the user needs to know which file
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
 # ------------------------------------------------------------------------------------------ class folders -> index
 
 
 @dataclass
 class ImageIndex:
-    """Which image belongs to which class. paths: N strings; targets: (N,) int64 into `classes`."""
+    """Which image belongs to which class, and where its pixels are.
 
-    paths: list
+    paths: N strings; targets: (N,) int64 into `classes`; rows: (N,) int64 into the cache, -1 (the default) for an image
+    that is not in it and is decoded whenever it is used.
+    """
+
+    paths: Paths | list
     targets: np.ndarray
     classes: list
+    rows: np.ndarray | None = None
+    cache: ImageCache | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.paths, Paths):
+            self.paths = Paths(self.paths)
+        if self.rows is None:
+            self.rows = np.full(len(self.paths), -1)
 
     def subset(self, positions):
-        return ImageIndex([self.paths[i] for i in positions], self.targets[positions], self.classes)
+        """positions: (n,) int array or list."""
+        positions = np.asarray(positions, dtype=np.int64)
+        return ImageIndex(
+            self.paths[positions], self.targets[positions], self.classes, self.rows[positions], self.cache
+        )
 
     def counts(self):
         """-> (C,) int64: images a class."""
@@ -106,9 +86,9 @@ def index_folders(folders, classes=None, flag="--data_dirs", allow_missing=False
         for name, class_folder in _class_folders(folder, flag):
             images = found.setdefault(name, [])
             for path in _files_below(class_folder):
-                suffix = path.suffix.lower()
+                suffix = os.path.splitext(path)[1].lower()
                 if suffix in IMAGE_EXTENSIONS:
-                    images.append(str(path))
+                    images.append(path)
                 else:
                     ignored[suffix or "no ending"] += 1
     if ignored:
@@ -152,7 +132,7 @@ def _files_below(folder):
             continue
         entered.add(real_place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        files += [os.path.join(place, name) for name in sorted(names) if not name.startswith(".")]
     return files
 
 
@@ -176,23 +156,27 @@ def _check_classes(names, found, folders, classes, flag, allow_missing):
 
 def check_doubles(paths, flag):
     """Raise UserError if an image is in `paths` twice, also by a link: it could land in training and test."""
-    seen = set()
+    seen, real_folders = set(), {}
     for path in paths:
-        real_path = os.path.realpath(path)
+        folder, name = os.path.split(path)
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folders[folder], name)
         if real_path in seen:
             raise UserError(f"{flag}: {path} is there twice; give each folder only once")
         seen.add(real_path)
 
 
-def drop_broken(indexes, skip_broken):
-    """Open and fully decode every image of {name: ImageIndex} once, in parallel. -> the same without the broken ones.
+def read_all(indexes, cache, skip_broken):
+    """Decode every image of {name: ImageIndex} once, into the cache if it is not there yet. -> the same indexes, with
+    the images' rows in the cache and without the broken ones.
 
     Those are listed by path with the reason. Raises UserError if there are any, unless `skip_broken`.
     """
-    paths = [path for index in indexes.values() for path in index.paths]
-    with ThreadPoolExecutor(available_cpus()) as pool:
-        reasons = list(progress_bar(pool.map(_why_broken, paths), "checking images", total=len(paths), unit="image"))
-    broken = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+    paths = sum((index.paths for index in indexes.values()), Paths())
+    stats = np.array([stat_of(path) for path in paths], dtype=np.int64).reshape(-1, 2)
+    rows, reasons = cache.fill(paths, stats)
+    broken = [(paths[i], reason) for i, reason in sorted(reasons.items())]
     for path, reason in broken:
         print(f"broken: {path}: {reason}")
     if broken and not skip_broken:
@@ -200,25 +184,15 @@ def drop_broken(indexes, skip_broken):
         raise UserError(
             f"{broken[0][0]} cannot be read: {broken[0][1]}{more}; mend or remove, or leave out with --skip_broken"
         )
-    if not broken:
-        return indexes
-    left_out = {path for path, _ in broken}
-    whole = {
-        name: index.subset([i for i, path in enumerate(index.paths) if path not in left_out])
-        for name, index in indexes.items()
-    }
+    whole, start = {}, 0
+    for name, index in indexes.items():
+        kept = [i for i in range(len(index)) if start + i not in reasons]
+        cached = ImageIndex(index.paths, index.targets, index.classes, rows[start : start + len(index)], cache)
+        whole[name] = cached.subset(kept)
+        start += len(index)
     if not all(map(len, whole.values())):
         raise UserError(f"{broken[0][0]} cannot be read, nor any other image beside it")
     return whole
-
-
-def _why_broken(path):
-    try:
-        load_image(path)
-    except Exception as error:  # whatever the decoder raises is the reason that is listed
-        empty = os.path.exists(path) and os.path.getsize(path) == 0
-        return "empty file" if empty else str(error).replace(repr(path), "it") or repr(error)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- splits
@@ -295,18 +269,27 @@ def restore_split(index, split):
 class DoubleSkinDataset(Dataset):
     """Validation and test images, and the originals of the training set: resized, never augmented.
 
-    [i] -> (image (3, image_size, image_size) uint8, target int)
+    [i] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> the batch.
     """
 
     def __init__(self, index, image_size):
         self.index, self.image_size = index, image_size
 
     def read(self, i):
-        """-> (image_size, image_size, 3) uint8."""
-        return read_image(self.index.paths[i], self.image_size)
+        """-> (image_size, image_size, 3) uint8, read-only where it lies in the cache."""
+        row = self.index.rows[i]
+        return self.index.cache.pixels[row] if row >= 0 else read_image(self.index.paths[i], self.image_size)
 
     def __getitem__(self, i):
-        return to_tensor(self.read(i)), int(self.index.targets[i])
+        images, targets = self.__getitems__([i])
+        return images[0], int(targets[0])
+
+    def __getitems__(self, positions):
+        """-> (images (N, 3, image_size, image_size) uint8, targets (N,) int64)."""
+        batch = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
+        for pixels, i in zip(batch, positions, strict=True):
+            pixels[:] = self.read(i)
+        return to_tensor(batch), torch.from_numpy(self.index.targets[positions])
 
     def __len__(self):
         return len(self.index)
@@ -318,11 +301,12 @@ class AugmentedSkinDataset(Dataset):
     A class above the target keeps all its originals. The copies of an epoch are drawn anew from (seed, epoch,
     position), whatever process draws them. Costs 4 bytes a position: images are read when they are asked for.
 
-    [position] -> (image (3, image_size, image_size) uint8, target int)
+    [position] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> the batch. With
+    `on_device` the images come as they are, and behind the targets the parameters (N, 9) for `augment_batch`.
     """
 
-    def __init__(self, originals, target_samples_per_class=None, methods=None, seed=42):
-        self.originals, self.seed = originals, seed
+    def __init__(self, originals, target_samples_per_class=None, methods=None, seed=42, on_device=False):
+        self.originals, self.seed, self.on_device = originals, seed, on_device
         self.methods = tuple(AUGMENTATIONS if methods is None else methods)
         counts = originals.index.counts()
         target = counts.max() if target_samples_per_class is None else target_samples_per_class
@@ -345,26 +329,36 @@ class AugmentedSkinDataset(Dataset):
         index = self.originals.index
         return np.bincount(index.targets[self.sources], minlength=len(index.classes))
 
+    def parameters(self, position):
+        """-> (9,) of `draw_parameters`; originals stay as they are."""
+        if position < len(self.originals):
+            return IDENTITY
+        return draw_parameters(self.methods, np.random.default_rng((self.seed, int(self.epoch), position)))
+
     def __getitem__(self, position):
-        source = self.sources[position]
-        image = self.originals.read(source)
-        if position >= len(self.originals):
-            rng = np.random.default_rng((self.seed, int(self.epoch), position))
-            image = augment(image, self.methods, rng)
-        return to_tensor(image), int(self.originals.index.targets[source])
+        images, targets, *parameters = self.__getitems__([position])
+        return images[0], int(targets[0]), *(p[0] for p in parameters)
+
+    def __getitems__(self, positions):
+        """-> (images (N, 3, image_size, image_size) uint8, targets (N,) int64[, parameters (N, 9) float32])."""
+        sources = self.sources[positions]
+        parameters = [self.parameters(position) for position in positions]
+        if self.on_device:
+            images, targets = self.originals.__getitems__(sources)
+            return images, targets, torch.tensor(parameters, dtype=torch.float32)
+        size = self.originals.image_size
+        batch = np.empty((len(positions), size, size, 3), np.uint8)
+        for pixels, source, of_image in zip(batch, sources, parameters, strict=True):
+            augment(self.originals.read(source), of_image, out=pixels)
+        return to_tensor(batch), torch.from_numpy(self.originals.index.targets[sources])
 
     def __len__(self):
         return len(self.sources)
 
 
-def to_tensor(image):
-    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor, without a copy."""
-    return torch.from_numpy(image).permute(2, 0, 1)
-
-
-def available_cpus():
-    """CPUs that this process may use: fewer than the machine has under a queue or in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def to_tensor(images):
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) uint8 tensor in channels-last order, without a copy."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def _leave_signals_to_the_main_process(worker_id):
@@ -373,8 +367,12 @@ def _leave_signals_to_the_main_process(worker_id):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+def _as_it_is(batch):
+    return batch
+
+
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pin_memory=False):
-    """Batches of (images (N, 3, H, W) uint8, targets (N,) int64).
+    """Batches as the data set gives them: (images (N, 3, S, S) uint8, targets (N,) int64[, parameters (N, 9)]).
 
     Shuffled by (seed, epoch): call `loader.sampler.set_epoch`.
     """
@@ -385,7 +383,10 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
         batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        collate_fn=_as_it_is,  # the data sets give whole batches
         pin_memory=pin_memory,
+        # where it can be had: the workers then share the index instead of getting copies
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=num_workers > 0,
         # of its own: else it would draw from the random state of dropout, more or less often by the number of workers
@@ -395,50 +396,71 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
 
 # --------------------------------------------------------------------------------------------------- augmentations
 #
-# Geometric methods compose to one affine map, so that an image is resampled once; colour methods to one affine map of
-# colour. Each draws its own parameters from `rng`. A new method is a function and its line in AUGMENTATIONS.
+# Flip, rotation, scale, shear and shift compose to one affine map of the plane, so that an image is resampled once;
+# brightness, contrast and saturation to one affine map of colour. On a CPU the loader's workers apply them image by
+# image (`augment`), on a GPU whole batches are augmented there (`augment_batch`): the same parameters, the same image.
 
-MAX_ROTATION_DEGREES = 15
+AUGMENTATIONS = ("horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter")
+MAX_ROTATION = math.radians(15)
+MAX_SCALE = 1.1
+MAX_SHEAR = math.tan(math.radians(5))
+MAX_SHIFT = 0.05  # of the side
 MAX_COLOR_CHANGE = 0.2
 GREY = np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601, as in Pillow and torchvision
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
 
 
-def _horizontal_flip(rng):
-    return np.diag([-1.0 if rng.random() < 0.5 else 1.0, 1.0])
+def draw_parameters(methods, rng):
+    """Parameters of one augmented image -> (a, b, x, c, d, y, brightness, contrast, saturation).
+
+    A point p of the result, seen from its centre in units of half its side, comes from [[a, b], [c, d]] p + (x, y) of
+    the original. A method that is not named leaves the draws of the others as they are.
+    """
+    flip, angle, zoom, shear, x, y, brightness, contrast, saturation = rng.uniform(-1, 1, 9).tolist()
+    flip = -1.0 if "horizontal_flip" in methods and flip < 0 else 1.0
+    angle = MAX_ROTATION * angle if "rotation" in methods else 0.0
+    zoom = MAX_SCALE**zoom if "scale" in methods else 1.0
+    shear = MAX_SHEAR * shear if "shear" in methods else 0.0
+    x, y = (2 * MAX_SHIFT * x, 2 * MAX_SHIFT * y) if "shift" in methods else (0.0, 0.0)
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    # rotation and scale of the sheared of the flipped
+    affine = (flip * cos, shear * cos + sin, x, -flip * sin, cos - shear * sin, y)
+    if "color_jitter" not in methods:
+        return (*affine, 1.0, 1.0, 1.0)
+    return (*affine, *(1 + MAX_COLOR_CHANGE * change for change in (brightness, contrast, saturation)))
 
 
-def _rotation(rng):
-    angle = np.deg2rad(rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
-    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+def augment(image, parameters, out):
+    """Write the image that `parameters` (see `draw_parameters`) make of `image` to `out`, both (S, S, 3) uint8."""
+    affine, color = parameters[:6], parameters[6:]
+    if affine == IDENTITY[:6]:
+        out[:] = image
+    else:
+        a, b, x, c, d, y = affine
+        centre = (len(image) - 1) / 2
+        x, y = (centre * (1 - a - b) + x * len(image) / 2, centre * (1 - c - d) + y * len(image) / 2)
+        rgba = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # four channels are warped twice as fast as three
+        # reflected at the border: black corners would tell the model which images are copies
+        flags = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REFLECT}
+        warped = cv2.warpAffine(rgba, np.array([[a, b, x], [c, d, y]]), image.shape[:2], **flags)
+        cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=out)
+    if color != IDENTITY[6:]:
+        brightness, contrast, saturation = color
+        mean_grey = np.dot(GREY, cv2.mean(out)[:3])
+        linear = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * GREY)
+        cv2.transform(out, np.column_stack([linear, np.full(3, brightness * (1 - contrast) * mean_grey)]), dst=out)
 
 
-def _color_jitter(rng, image):
-    """Brightness, contrast about the image's mean grey, then saturation -> (3, 4) affine map of RGB."""
-    brightness, contrast, saturation = rng.uniform(1 - MAX_COLOR_CHANGE, 1 + MAX_COLOR_CHANGE, 3)
-    mean_grey = np.dot(GREY, cv2.mean(image)[:3])
-    linear = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * GREY)
-    return np.column_stack([linear, np.full(3, brightness * (1 - contrast) * mean_grey)])
+def augment_batch(images, parameters):
+    """`augment` for a whole batch, on its device. images: (N, 3, S, S) uint8; parameters: (N, 9) -> the same as images.
 
-
-GEOMETRIC = {"horizontal_flip": _horizontal_flip, "rotation": _rotation}
-COLOR = {"color_jitter": _color_jitter}
-AUGMENTATIONS = {**GEOMETRIC, **COLOR}
-
-
-def augment(image, methods, rng):
-    """Apply the named `methods`, with parameters drawn from `rng`. image: (H, W, 3) uint8 -> the same."""
-    geometric = [draw(rng) for name, draw in GEOMETRIC.items() if name in methods]
-    if geometric:
-        image = _warp_about_centre(image, reduce(np.matmul, geometric))
-    for name, draw in COLOR.items():
-        if name in methods:
-            image = cv2.transform(image, draw(rng, image))
-    return image
-
-
-def _warp_about_centre(image, linear):
-    height, width = image.shape[:2]
-    centre = np.array([(width - 1) / 2, (height - 1) / 2])
-    affine = np.column_stack([linear, centre - linear @ centre])
-    # reflected at the border: black corners would tell the model which images are copies
-    return cv2.warpAffine(image, affine, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    Colour: brightness; contrast about the image's mean grey; saturation about each pixel's grey.
+    """
+    grid = F.affine_grid(parameters[:, :6].reshape(-1, 2, 3), images.shape, align_corners=False)
+    warped = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False).flatten(2)
+    brightness, contrast, saturation = parameters[:, 6:, None, None].unbind(1)
+    grey = torch.as_tensor(GREY, dtype=torch.float32, device=images.device)
+    mean_grey = (warped.mean(dim=2) @ grey)[:, None, None]
+    linear = brightness * contrast * (saturation * torch.eye(3, device=images.device) + (1 - saturation) * grey)
+    colored = torch.baddbmm(brightness * (1 - contrast) * mean_grey, linear, warped)
+    return colored.round_().clamp_(0, 255).to(torch.uint8).reshape(images.shape)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from joblib import cpu_count
 
 import demo
 import report
@@ -27,17 +28,16 @@ from dataset_double import (
     PARTS,
     AugmentedSkinDataset,
     DoubleSkinDataset,
-    available_cpus,
     check_doubles,
     check_every_class_in_every_part,
     check_fractions,
-    drop_broken,
     index_folders,
     make_loader,
+    read_all,
     restore_split,
     stratified_split,
 )
-from engine import Engine, lr_lambda, progressive_size, resolve_amp
+from engine import Engine, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
 from files import (
     UserError,
     new_folder,
@@ -47,6 +47,7 @@ from files import (
     write_json,
     write_predictions,
 )
+from image_cache import ImageCache, default_cache_dir
 from metrics import full_metrics, summary_metrics
 from model import Model, backbone_state_dict, load_checkpoint, read_weights, save_checkpoint
 from resnet_custom import imagenet_state_dict
@@ -122,6 +123,9 @@ def add_data_flags(group):
     add("--split", **shares, help="shares of the images, stratified by class [0.6 0.2 0.2]")
     add("--image_size", type=number(int, low=32), default=224, help="side in pixels [224]")
     add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
+    add("--cache_dir", metavar="DIR", default=default_cache_dir(), help="decoded images are kept here [%(default)s]")
+    switch = {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
+    add("--no_cache", **switch, default=False, help="keep none: decode each image whenever it is used")
     add("--demo", action="store_true", help="draw a small synthetic data set and train on it")
 
 
@@ -203,6 +207,7 @@ def parse_args(argv):
     for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
+    args.cache_dir = os.path.abspath(args.cache_dir)
     if checkpoint:
         check_resume_flags(args, checkpoint)
     elif args.eval_only:
@@ -272,11 +277,15 @@ def split_data(args):
     }
     every_path = [path for one in (index, *separate.values()) for path in one.paths]
     check_doubles(every_path, "--data_dirs / --val_dirs / --test_dirs")
-    whole = drop_broken({"data": index, **separate}, args.skip_broken)
+    whole = read_all({"data": index, **separate}, image_cache(args), args.skip_broken)
     parts = stratified_split(whole.pop("data"), args.split, args.seed, separate)
     parts = {part: {**parts, **whole}[part] for part in PARTS}
     check_every_class_in_every_part(parts, args.split)
     return parts
+
+
+def image_cache(args):
+    return ImageCache(None if args.no_cache else args.cache_dir, args.image_size)
 
 
 def restore_data(args, checkpoint):
@@ -290,7 +299,7 @@ def restore_data(args, checkpoint):
         )
     if others:
         print(f"left out {others} images that are in no part of the checkpoint's split")
-    return drop_broken(parts, skip_broken=False)  # without one of its images it would be another split
+    return read_all(parts, image_cache(args), skip_broken=False)  # without one of its images it would be another split
 
 
 def data_to_evaluate(args, checkpoint):
@@ -311,7 +320,11 @@ def data_to_evaluate(args, checkpoint):
         first_run = {**checkpoint["args"], "data_dirs": args.data_dirs}
         folders = [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in first_run[name] or []]
         parts |= restore_split(index_folders(folders, checkpoint["classes"]), own)
-    return drop_broken({part: parts[part] for part in PARTS if part in parts}, args.skip_broken)
+    return read_all({part: parts[part] for part in PARTS if part in parts}, image_cache(args), args.skip_broken)
+
+
+def paths_of(parts):
+    return {part: list(index.paths) for part, index in parts.items()}
 
 
 def print_class_table(parts, beta):
@@ -361,11 +374,21 @@ def add_optimizer(engine, args, steps_per_epoch):
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(warmup_steps, total_steps))
 
 
+def make_train_set(args, index, device):
+    train_set = DoubleSkinDataset(index, args.image_size)
+    if not args.use_augmentation:
+        return train_set
+    wanted = args.target_samples_per_class, args.augmentation_methods
+    oversampled = AugmentedSkinDataset(train_set, *wanted, args.seed, on_device=device.type == "cuda")
+    print(f"oversampled by augmentation: {len(train_set)} -> {len(oversampled)} images an epoch")
+    return oversampled
+
+
 def loader_for(index_or_dataset, args, device, training=False):
     """Evaluation keeps the order of the index and takes larger batches, as it needs no memory for gradients."""
     workers = args.num_workers
     if workers is None:
-        workers = min(8, available_cpus()) if device.type == "cuda" else 0
+        workers = min(8, cpu_count()) if device.type == "cuda" else 0
     return make_loader(
         index_or_dataset if training else DoubleSkinDataset(index_or_dataset, args.image_size),
         args.batch_size if training else 2 * args.batch_size,
@@ -412,7 +435,7 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id):
         "samples_per_cls": samples_per_cls.tolist(),
         "args": vars(args),
         "wandb_id": wandb_id,
-        "splits": {part: index.paths for part, index in parts.items()},
+        "splits": paths_of(parts),
         "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
 
@@ -503,6 +526,7 @@ def train(args, checkpoint, device, run_dir):
     state_dict = None if checkpoint else initial_weights(args)
     if args.demo:
         args.data_dirs = [demo.write_demo_data(run_dir / "demo_data", args.seed)]
+        args.cache_dir = str(run_dir / "demo_cache")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
 
@@ -512,11 +536,7 @@ def train(args, checkpoint, device, run_dir):
     print_class_table(parts, args.beta)
     criterion = make_loss(args, samples_per_cls)
 
-    train_set = DoubleSkinDataset(parts["train"], args.image_size)
-    if args.use_augmentation:
-        train_set = AugmentedSkinDataset(train_set, args.target_samples_per_class, args.augmentation_methods, args.seed)
-        print(f"oversampled by augmentation: {samples_per_cls.sum()} -> {len(train_set)} images an epoch")
-
+    train_set = make_train_set(args, parts["train"], device)
     engine = build_engine(args, device, criterion, len(classes))
     train_loader = loader_for(train_set, args, device, training=True)
     val_loader = loader_for(parts["val"], args, device)
@@ -529,7 +549,7 @@ def train(args, checkpoint, device, run_dir):
         if state_dict:
             engine.model.load_initial_weights(*state_dict, classes)
     write_json(run_dir / "args.json", vars(args))
-    write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
+    write_json(run_dir / "splits.json", paths_of(parts))
     precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 
@@ -577,7 +597,7 @@ def evaluate_only(args, checkpoint, device, run_dir):
     engine = build_engine(args, device, make_loss(args, samples_per_cls), len(checkpoint["classes"]))
     engine.model.load_state_dict(checkpoint["model_state_dict"])
     write_json(run_dir / "args.json", vars(args))
-    write_json(run_dir / "splits.json", {part: index.paths for part, index in parts.items()})
+    write_json(run_dir / "splits.json", paths_of(parts))
     results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["best_epoch"], samples_per_cls)
     report.write_report(run_dir, vars(args), results)
     print_results(results, checkpoint["epoch"], run_dir)
@@ -621,6 +641,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # a container may have fewer than the machine
     args, started = None, time.time()
     try:
         args, checkpoint = parse_args(argv)
@@ -645,4 +666,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, on_sigterm)
+    keep_freed_memory()
     sys.exit(main())

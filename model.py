@@ -32,12 +32,17 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(dropout_prob)
         self.head = nn.Linear(num_features, num_classes)
         # not persistent: a checkpoint holds what was learned
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def normalise(self, images):
+        """(N, 3, H, W) uint8 -> float32."""
+        return torch.addcmul(self.shift, images.float(), self.scale)  # one pass over the memory
 
     def forward(self, images):
         if images.dtype == torch.uint8:
-            images = images.float().sub_(self.mean).div_(self.std)
+            images = self.normalise(images)
         return self.head(self.dropout(self.backbone(images)))
 
     def load_initial_weights(self, state_dict, classes=None, own_classes=None):

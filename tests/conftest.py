@@ -1,6 +1,7 @@
 """Tiny class folders and one tiny finished training, shared by the tests."""
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 import main
 
 os.environ["WANDB_MODE"] = "disabled"
+CACHE_HOME = tempfile.TemporaryDirectory()  # taken away when the tests end
+os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 

@@ -133,6 +133,32 @@ def test_same_seed_same_numbers_whatever_the_number_of_workers(finished_run, dat
     assert same_weights(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
 
 
+def test_same_numbers_with_the_cache_off(finished_run, data_dir, tmp_path, capsys):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--no_cache"]
+    assert run_main(*flags, "--cache_dir", tmp_path / "cache", "--run_dir", tmp_path / "again") == 0
+    assert "35 images are not in it" in capsys.readouterr().out and not (tmp_path / "cache").exists()
+    assert history_but_times(tmp_path / "again") == history_but_times(finished_run)
+    assert same_weights(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
+
+
+def test_a_second_run_opens_no_image(data_dir, tmp_path, capsys):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--cache_dir", tmp_path / "cache", "--run_dir"]
+    assert run_main(*flags, tmp_path / "first") == 0
+    assert "35 images, 0.1 MB, in " in (said := capsys.readouterr().out) and "(35 read anew)" in said
+    assert run_main(*flags, tmp_path / "second") == 0
+    assert "(0 read anew)" in capsys.readouterr().out
+    assert history_but_times(tmp_path / "second") == history_but_times(tmp_path / "first")
+
+
+def test_progressive_and_accumulating_runs_resume_on_their_schedule(data_dir, tmp_path):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--progressive", "--grad_accum", 2]
+    assert run_main(*flags, "--run_dir", tmp_path / "run") == 0
+    last = load_checkpoint(tmp_path / "run" / "last_model.pth")
+    assert last["scheduler_state_dict"]["last_epoch"] == 2 * 2  # 21 images: 3 batches, 2 steps an epoch
+    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3) == 0
+    assert load_checkpoint(tmp_path / "run" / "last_model.pth")["scheduler_state_dict"]["last_epoch"] == 3 * 2
+
+
 def test_a_resumed_run_ends_with_the_same_weights(data_dir, tmp_path, monkeypatch):
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--lr", "1e-4", "--run_dir"]
     assert run_main(*flags, tmp_path / "whole") == 0
@@ -449,6 +475,16 @@ def test_without_network_and_weights_the_error_comes_before_the_data_are_read(tm
     (line,) = err.strip().splitlines()
     assert line.startswith("error: --pretrained") and "--weights FILE" in line
     assert not list(tmp_path.glob("run*"))
+
+
+def test_a_compiler_that_is_missing_is_said_in_one_line(tmp_path, data_dir):
+    nowhere = {**os.environ, "CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--compile", "--run_dir", tmp_path / "run"]
+    process = start_main(*flags, env=nowhere)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.strip().splitlines()[-1].startswith("error: --compile: torch.compile does not work here")
+    assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
