@@ -4,6 +4,7 @@ An image is a (H, W, 3) uint8 RGB array until the loader hands batches of (N, 3,
 normalises them on its own device.
 """
 
+import functools
 import math
 import os
 import re
@@ -174,7 +175,7 @@ def read_all(indexes, cache, skip_broken):
     Those are listed by path with the reason. Raises UserError if there are any, unless `skip_broken`.
     """
     paths = sum((index.paths for index in indexes.values()), Paths())
-    stats = np.array([stat_of(path) for path in paths], dtype=np.int64).reshape(-1, 2)
+    stats = np.array([stat_of(path) for path in paths], dtype=np.int64).reshape(-1, 3)
     rows, reasons = cache.fill(paths, stats)
     broken = [(paths[i], reason) for i, reason in sorted(reasons.items())]
     for path, reason in broken:
@@ -278,7 +279,9 @@ class DoubleSkinDataset(Dataset):
     def read(self, i):
         """-> (image_size, image_size, 3) uint8, read-only where it lies in the cache."""
         row = self.index.rows[i]
-        return self.index.cache.pixels[row] if row >= 0 else read_image(self.index.paths[i], self.image_size)
+        if row >= 0 and self.index.cache.pixels is not None:
+            return self.index.cache.pixels[row]
+        return read_image(self.index.paths[i], self.image_size)
 
     def __getitem__(self, i):
         images, targets = self.__getitems__([i])
@@ -451,6 +454,11 @@ def augment(image, parameters, out):
         cv2.transform(out, np.column_stack([linear, np.full(3, brightness * (1 - contrast) * mean_grey)]), dst=out)
 
 
+@functools.cache  # copied once: each copy would have the GPU waited for
+def _grey_on(device):
+    return torch.tensor(GREY, dtype=torch.float32, device=device)
+
+
 def augment_batch(images, parameters):
     """`augment` for a whole batch, on its device. images: (N, 3, S, S) uint8; parameters: (N, 9) -> the same as images.
 
@@ -459,7 +467,7 @@ def augment_batch(images, parameters):
     grid = F.affine_grid(parameters[:, :6].reshape(-1, 2, 3), images.shape, align_corners=False)
     warped = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False).flatten(2)
     brightness, contrast, saturation = parameters[:, 6:, None, None].unbind(1)
-    grey = torch.as_tensor(GREY, dtype=torch.float32, device=images.device)
+    grey = _grey_on(images.device)
     mean_grey = (warped.mean(dim=2) @ grey)[:, None, None]
     linear = brightness * contrast * (saturation * torch.eye(3, device=images.device) + (1 - saturation) * grey)
     colored = torch.baddbmm(brightness * (1 - contrast) * mean_grey, linear, warped)

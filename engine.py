@@ -18,6 +18,7 @@ from files import UserError, progress_bar
 CHECK_EVERY = 10  # steps between looks at the loss
 PROGRESSIVE_SHARES = (1 / 2, 3 / 4, 1)  # of the image size, each for a third of the epochs
 NETWORK_STRIDE = 16  # of the ResNet-50 with last-stage stride 1
+SMALLEST_SIZE = 32  # at 16 px its last features would be one pixel, and batch norm fail on a last batch of one image
 
 
 def resolve_amp(amp, device):
@@ -76,7 +77,7 @@ def progressive_size(epoch, epochs, image_size):
     thirds_to_come = 3 * (epochs - 1 - epoch) // epochs
     share = PROGRESSIVE_SHARES[-1 - thirds_to_come]
     side = math.ceil(image_size * share / NETWORK_STRIDE) * NETWORK_STRIDE
-    return min(side, image_size)
+    return min(max(side, SMALLEST_SIZE), image_size)
 
 
 def resize(images, size):
@@ -92,29 +93,40 @@ class DeviceBatches:
 
     Where they come with parameters of augmentation, they are augmented there. On a GPU each batch is copied and
     augmented on a stream of its own while the one before it is computed on.
-    waited: seconds for which the caller has waited for batches so far.
     """
 
     def __init__(self, loader, device):
-        self.loader, self.device, self.waited = loader, device, 0.0
+        self.loader, self.device = loader, device
+        self._waited, self._gaps = 0.0, []
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
+        if self.device.type == "cuda":
+            yield from self._copied_ahead()
+            return
         started = time.perf_counter()
-        for batch in self._copied_ahead() if self.device.type == "cuda" else map(self._to_device, self.loader):
-            self.waited += time.perf_counter() - started
-            yield batch
+        for batch in self.loader:
+            self._waited += time.perf_counter() - started
+            yield self._to_device(batch)
             started = time.perf_counter()
-        self.waited += time.perf_counter() - started
+
+    def seconds_waited(self):
+        """For how long the device has had no batch to compute on. A GPU is let finish first."""
+        if self._gaps:
+            torch.cuda.synchronize(self.device)
+            self._waited += sum(end.elapsed_time(begin) for end, begin in self._gaps) / 1e3
+            self._gaps = []
+        return self._waited
 
     def _to_device(self, batch):
         images, targets, *parameters = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         return augment_batch(images, *parameters) if parameters else images, targets
 
     def _copied_ahead(self):
-        stream = torch.cuda.Stream(self.device)
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        end_of_step = _time_on(current)
         copied = None
         for batch in itertools.chain(self.loader, [None]):
             former = copied
@@ -122,12 +134,19 @@ class DeviceBatches:
                 with torch.cuda.stream(stream):
                     copied = self._to_device(batch), stream.record_event()
             if former is not None:
-                tensors, event = former
-                current = torch.cuda.current_stream(self.device)
-                current.wait_event(event)
+                tensors, arrived = former
+                current.wait_event(arrived)
                 for tensor in tensors:  # else the allocator could give its memory away while it is computed on
                     tensor.record_stream(current)
+                self._gaps.append((end_of_step, _time_on(current)))
                 yield tensors
+                end_of_step = _time_on(current)
+
+
+def _time_on(stream):
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 @dataclass
@@ -184,7 +203,7 @@ class Engine:
             "train_acc": figures.correct.item() / figures.images,
             "images_per_second": figures.images / seconds,
             "learning_rate": learning_rate,
-            "input_wait": batches.waited / seconds,
+            "input_wait": batches.seconds_waited() / seconds,
         }
 
     def _step(self, batches, figures, image_size):

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import time
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,8 +18,8 @@ from PIL import Image, ImageOps
 
 from files import UserError, atomic_write, progress_bar
 
-FORMAT_VERSION = 1  # of the cache's files, and of the way from a photograph to its pixels: change one, raise this
-CHUNK_BYTES = 64 * 2**20  # decoded at once
+FORMAT_VERSION = 2  # of the cache's files, and of the way from a photograph to its pixels: change one, raise this
+CHUNK_BYTES = 256 * 2**20  # decoded at once, at the most
 SAVE_SECONDS = 30  # a process that is killed while it fills the cache loses no more than this
 INDEX_FILE = "index.npz"
 
@@ -116,12 +115,15 @@ class Paths(Sequence):
 
 
 def stat_of(path):
-    """-> (size in bytes, time of change in ns): another one means another image. (-1, -1) for what is not there."""
+    """-> (size in bytes, time of change in ns, inode): others mean another image. -1s for what is not there.
+
+    The inode tells two files of one size and time apart that have changed places.
+    """
     try:
         stat = os.stat(path)
     except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
+        return -1, -1, -1
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino & (2**63 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------- image cache
@@ -147,7 +149,7 @@ class ImageCache:
     def fill(self, paths, stats):
         """Decode each image that is not held yet, and keep it. -> (rows (N,) int64, {position: why it is broken}).
 
-        paths: N paths; stats: (N, 2) int64, each `stat_of` the file. A row of -1: broken, or there was no room.
+        paths: N paths; stats: (N, 3) int64, each `stat_of` the file. A row of -1: broken, or there was no room.
         """
         with self._locked() as writable:
             index = CacheIndex(self.folder, self._shape)
@@ -166,14 +168,21 @@ class ImageCache:
             if len(index):  # opened under the lock: nobody can take the file away in between
                 self.__dict__.pop("pixels", None)
                 self._pixel_file, self._shape = index.pixel_file, (len(index), *self._shape[1:])
-                _ = self.pixels
+                if self.pixels is None:
+                    print(
+                        f"image cache: {self.folder} cannot be mapped into memory; name another place with --cache_dir"
+                    )
+                    rows[:] = -1
         self._say(rows, missing.size - len(reasons))
         return rows, reasons
 
     @cached_property
     def pixels(self):
-        """(rows, size, size, 3) uint8, read-only."""
-        return np.asarray(np.memmap(self.folder / self._pixel_file, np.uint8, mode="r", shape=self._shape))
+        """(rows, size, size, 3) uint8, read-only; None where the file is gone, or its place has no memory mapping."""
+        try:
+            return np.asarray(np.memmap(self.folder / self._pixel_file, np.uint8, mode="r", shape=self._shape))
+        except OSError:
+            return None
 
     def __getstate__(self):  # a worker that is not a fork maps the file anew
         return {name: value for name, value in self.__dict__.items() if name != "pixels"}
@@ -220,7 +229,7 @@ class CacheIndex:
 
     def __init__(self, folder, shape):
         self.folder, self.row_bytes = folder, int(np.prod(shape[1:]))
-        self.paths, self.stats, self.pixel_file = Paths(), np.empty((0, 2), np.int64), _new_pixel_file()
+        self.paths, self.stats, self.pixel_file = Paths(), np.empty((0, 3), np.int64), _new_pixel_file()
         if folder:
             self._read()
 
@@ -233,9 +242,12 @@ class CacheIndex:
                 paths = Paths.from_arrays(content["letters"], content["ends"])
                 stats, pixel_file = content["stats"], os.path.basename(str(content["pixel_file"]))
             whole_rows = os.path.getsize(self.folder / pixel_file) // self.row_bytes
-        except FileNotFoundError:
+        except (
+            FileNotFoundError,
+            PermissionError,
+        ):  # of a folder that cannot be read it is said that it is not written to
             return
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of a damaged file the reader of npz raises nearly anything
             print(f"image cache: the index in {self.folder} is damaged, it is built anew ({error})")
             return
         if whole_rows < len(paths):
@@ -260,10 +272,15 @@ class CacheIndex:
     def drop_dead_rows(self):
         """Where most rows are of files that are gone or have changed, copy the others to a new pixel file.
 
-        -> whether that was done, and rows have new numbers.
+        -> whether that was done, and rows have new numbers. Files whose folder is gone too are kept: they may lie on a
+        disk that is not mounted just now.
         """
         newest = {path: row for row, path in enumerate(self.paths)}
-        live = [row for path, row in newest.items() if stat_of(path) == tuple(self.stats[row])]
+        live = [
+            row
+            for path, row in newest.items()
+            if stat_of(path) == tuple(self.stats[row]) or not os.path.exists(os.path.dirname(path))
+        ]
         if len(self) <= 2 * len(live):
             return False
         new_file = _new_pixel_file()
@@ -286,11 +303,11 @@ class CacheIndex:
 class CacheWriter:
     """Adds images to a cache, under its lock. What cannot be written is left out and said in one line.
 
-    A write that fails gives back all that this writer had added, so that a full disk has room for checkpoints.
+    A write that fails gives back what was added since the index was saved last: a full disk has some room again.
     """
 
     def __init__(self, index, count, writable):
-        self.index, self._rows_before = index, len(index)
+        self.index = index
         self._file, self._new_paths, self._new_stats, self._saved = None, [], [], time.monotonic()
         if writable and count:
             with self._giving_up_on_errors():
@@ -298,15 +315,15 @@ class CacheWriter:
 
     def _begin(self, needed):
         folder = self.index.folder
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
         for stray in [*folder.glob("*.pixels"), *folder.glob(".*.tmp")]:  # left by processes that were killed
             if stray.name != self.index.pixel_file:
                 with suppress(OSError):  # some systems keep a file that another process uses
                     stray.unlink()
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
         self._file = open(folder / self.index.pixel_file, "ab")  # noqa: SIM115 (closed in __exit__)
-        self._file.truncate(self._rows_before * self.index.row_bytes)
+        self._file.truncate(len(self.index) * self.index.row_bytes)
         self.index.save()  # without the rows that were cut off: others will lie there soon
 
     def add(self, pixels, paths, stats):
@@ -323,29 +340,28 @@ class CacheWriter:
     def _save(self):
         self._file.flush()
         os.fsync(self._file.fileno())
+        former = self.index.paths, self.index.stats
         self.index.paths = sum(self._new_paths, self.index.paths)
         self.index.stats = np.concatenate([self.index.stats, *self._new_stats])
-        self._new_paths, self._new_stats = [], []
-        self.index.save()
-        self._saved = time.monotonic()
+        try:
+            self.index.save()
+        except OSError:
+            self.index.paths, self.index.stats = former
+            raise
+        self._new_paths, self._new_stats, self._saved = [], [], time.monotonic()
 
     @contextmanager
     def _giving_up_on_errors(self):
         try:
             yield
         except OSError as error:
-            index = self.index
-            print(
-                f"image cache: {index.folder} takes no more images ({error.strerror}); name another place with "
-                "--cache_dir"
-            )
-            index.paths, index.stats = index.paths.first(self._rows_before), index.stats[: self._rows_before]
+            folder = self.index.folder
+            print(f"image cache: {folder} takes no more images ({error.strerror}); name another place with --cache_dir")
             if self._file:
                 with suppress(OSError):  # what is left unwritten in its buffer has no place to go
                     self._file.close()
-                with suppress(OSError):  # rows that no index names, or that it names in vain, do no harm
-                    os.truncate(index.folder / index.pixel_file, self._rows_before * index.row_bytes)
-                    index.save()
+                with suppress(OSError):  # rows that no index names do no harm
+                    os.truncate(folder / self.index.pixel_file, len(self.index) * self.index.row_bytes)
             self._file = None
 
     def __enter__(self):
@@ -367,7 +383,8 @@ def _decode_chunks(paths, positions, size):
 
     -> chunks of (positions (n,), pixels (n, size, size, 3) uint8, {position: why it is broken}).
     """
-    rows = max(1, CHUNK_BYTES // (3 * size**2))
+    # small enough that a process that is stopped loses seconds of work
+    rows = max(1, min(32 * cpu_count(), CHUNK_BYTES // (3 * size**2)))
     with ThreadPoolExecutor(cpu_count()) as pool, progress_bar(None, "images", "image", len(positions)) as bar:
         for start in range(0, len(positions), rows):
             chunk = positions[start : start + rows]

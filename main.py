@@ -123,7 +123,7 @@ def add_data_flags(group):
     add("--split", **shares, help="shares of the images, stratified by class [0.6 0.2 0.2]")
     add("--image_size", type=number(int, low=32), default=224, help="side in pixels [224]")
     add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
-    add("--cache_dir", metavar="DIR", default=default_cache_dir(), help="decoded images are kept here [%(default)s]")
+    add("--cache_dir", metavar="DIR", help=f"decoded images are kept here [{default_cache_dir()}]")
     switch = {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
     add("--no_cache", **switch, default=False, help="keep none: decode each image whenever it is used")
     add("--demo", action="store_true", help="draw a small synthetic data set and train on it")
@@ -207,7 +207,7 @@ def parse_args(argv):
     for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
-    args.cache_dir = os.path.abspath(args.cache_dir)
+    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if checkpoint:
         check_resume_flags(args, checkpoint)
     elif args.eval_only:
@@ -285,7 +285,8 @@ def split_data(args):
 
 
 def image_cache(args):
-    return ImageCache(None if args.no_cache else args.cache_dir, args.image_size)
+    folder = args.cache_dir or default_cache_dir()  # not in the checkpoint: another user's is another
+    return ImageCache(None if args.no_cache else folder, args.image_size)
 
 
 def restore_data(args, checkpoint):
@@ -526,7 +527,7 @@ def train(args, checkpoint, device, run_dir):
     state_dict = None if checkpoint else initial_weights(args)
     if args.demo:
         args.data_dirs = [demo.write_demo_data(run_dir / "demo_data", args.seed)]
-        args.cache_dir = str(run_dir / "demo_cache")
+        args.cache_dir = args.cache_dir or str(run_dir / "demo_cache")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
 

@@ -74,7 +74,7 @@ def test_accumulated_batches_train_as_one_large_batch_does():
 def test_progressive_sizes_grow_by_thirds_and_end_with_the_whole():
     assert [progressive_size(epoch, 12, 224) for epoch in range(12)] == [112] * 4 + [176] * 4 + [224] * 4
     assert [progressive_size(epoch, 3, 64) for epoch in range(3)] == [32, 48, 64]
-    assert progressive_size(0, 1, 224) == 224
+    assert progressive_size(0, 1, 224) == 224 and progressive_size(0, 3, 32) == 32
     assert all(progressive_size(epochs - 1, epochs, 100) == 100 for epochs in range(1, 40))
 
 
@@ -103,9 +103,19 @@ def test_the_share_of_waiting_is_measured():
 
     device_batches = DeviceBatches(slow_loader(), CPU)
     for _ in device_batches:
-        time.sleep(0.02)
-    assert 0.2 <= device_batches.waited < 0.25
+        time.sleep(0.2)
+    assert 0.2 <= device_batches.seconds_waited() < 0.6  # of a second: 4 x 0.05 and what a busy machine adds
     assert make_engine().train_one_epoch(batches(), 0)["input_wait"] < 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_that_are_copied_ahead_arrive_whole_and_in_order():
+    expected = batches(12)
+    device_batches = DeviceBatches([tuple(t.pin_memory() for t in batch) for batch in expected], torch.device("cuda"))
+    got = [(images.cpu(), targets.cpu()) for images, targets in device_batches]
+    for (images, targets), (other_images, other_targets) in zip(got, expected, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+    assert device_batches.seconds_waited() >= 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

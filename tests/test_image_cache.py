@@ -177,6 +177,54 @@ def test_changed_added_and_removed_files_refresh_only_themselves(tmp_path, photo
     assert np.array_equal(running.pixels, before)  # of a training that runs meanwhile
 
 
+def test_files_of_one_size_and_time_that_change_places_are_read_again(tmp_path):
+    photos = [str(tmp_path / f"{name}.bmp") for name in ("a", "b")]
+    for photo, color in zip(photos, ("red", "blue"), strict=True):
+        Image.new("RGB", (20, 20), color).save(photo)
+        os.utime(photo, ns=(0, 0))
+    fill(tmp_path / "cache", photos)
+    os.rename(photos[0], tmp_path / "aside")
+    os.rename(photos[1], photos[0])
+    os.rename(tmp_path / "aside", photos[1])
+    cache, rows, _ = fill(tmp_path / "cache", photos)
+    check_pixels(cache, rows, photos)
+
+
+def test_images_of_a_folder_that_is_away_are_kept(tmp_path, photos):
+    _, rows, _ = fill(tmp_path / "cache", photos)
+    os.rename(tmp_path / "photos", tmp_path / "not mounted")
+    fill(tmp_path / "cache", list(map(str, write_images(tmp_path / "other", 1))))
+    os.rename(tmp_path / "not mounted", tmp_path / "photos")
+    for photo in photos:
+        garble(photo)
+    _, rows_again, reasons = fill(tmp_path / "cache", photos)
+    assert rows_again.tolist() == rows.tolist() and not reasons
+
+
+def test_the_file_of_dropped_rows_makes_room_before_room_is_looked_for(tmp_path, photos, monkeypatch):
+    fill(tmp_path / "cache", photos)
+    for photo in photos:
+        Image.new("RGB", (40, 40), "red").save(photo)
+
+    class Usage:
+        @property
+        def free(self):  # of a disk of 15 rows, the index not counted
+            return 15 * ROW - sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/*.pixels"))
+
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda folder: Usage())
+    cache, rows, _ = fill(tmp_path / "cache", photos)
+    check_pixels(cache, rows, photos)
+
+
+def test_a_cache_whose_file_is_gone_is_done_without(tmp_path, photos):
+    write_class_folders(tmp_path / "data", {"0": 3, "1": 3})
+    index = read_all({"data": index_folders([tmp_path / "data"])}, ImageCache(tmp_path / "cache", SIZE), False)["data"]
+    worker_index = pickle.loads(pickle.dumps(index))  # as a worker gets it that is not a fork
+    pixel_file(tmp_path / "cache").unlink()
+    image, _ = DoubleSkinDataset(worker_index, SIZE)[2]
+    assert np.array_equal(image.permute(1, 2, 0), read_image(index.paths[2], SIZE))
+
+
 def test_another_image_size_has_files_of_its_own(tmp_path, photos):
     fill(tmp_path, photos)
     cache, rows, _ = fill(tmp_path, photos, size=24)
@@ -225,7 +273,7 @@ def test_rows_of_a_writer_that_was_killed_are_never_read(tmp_path, photos):
     os.truncate(pixel_file(tmp_path / "cache"), 3 * ROW)
     index = CacheIndex(cache.folder, (0, SIZE, SIZE, 3))
     writer = image_cache.CacheWriter(index, 9, writable=True)
-    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 2), np.int64))
+    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 3), np.int64))
     writer._file.flush()
     assert pixel_file(tmp_path / "cache").stat().st_size == 12 * ROW
     cache, rows, _ = fill(tmp_path / "cache", photos)
@@ -259,13 +307,13 @@ def test_a_process_stopped_while_filling_loses_seconds_of_its_work(tmp_path, num
     process.send_signal(number)
     process.communicate()
     assert process.returncode != 0
-    kept = len(CacheIndex(tmp_path / "cache" / "16px_v1", (0, SIZE, SIZE, 3)))
+    kept = len(CacheIndex(tmp_path / "cache" / "16px_v2", (0, SIZE, SIZE, 3)))
     assert 0 < kept < 400
     cache, rows, reasons = fill(tmp_path / "cache", photos)
     assert not reasons
     check_pixels(cache, rows, photos)
     assert pixel_file(tmp_path / "cache").stat().st_size == 400 * ROW
-    assert {path.suffix for path in (tmp_path / "cache" / "16px_v1").iterdir()} == {"", ".npz", ".pixels"}
+    assert {path.suffix for path in (tmp_path / "cache" / "16px_v2").iterdir()} == {"", ".npz", ".pixels"}
 
 
 def test_processes_that_fill_at_once_do_not_disturb_each_other(tmp_path):
@@ -306,7 +354,7 @@ def test_a_full_disk_gives_its_room_back_and_images_are_decoded_when_used(tmp_pa
 def test_more_images_than_the_disk_has_room_for_are_not_begun_with(tmp_path, photos, capsys):
     index = CacheIndex(tmp_path, (0, SIZE, SIZE, 3))
     writer = image_cache.CacheWriter(index, 10**15, writable=True)
-    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 2), np.int64))
+    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 3), np.int64))
     assert "MB are needed" in capsys.readouterr().out and not list(tmp_path.glob("*.pixels"))
 
 
@@ -329,7 +377,7 @@ def folder_for_everybody():
 def test_a_read_only_cache_is_used_and_left_as_it_is(folder_for_everybody):
     photos = list(map(str, write_images(folder_for_everybody / "photos", 12)))
     fill(folder_for_everybody / "cache", photos[:8])
-    folder = folder_for_everybody / "cache" / "16px_v1"
+    folder = folder_for_everybody / "cache" / "16px_v2"
     for path in [*folder.iterdir(), folder]:
         path.chmod(0o555)
 

@@ -150,13 +150,23 @@ def test_a_second_run_opens_no_image(data_dir, tmp_path, capsys):
     assert history_but_times(tmp_path / "second") == history_but_times(tmp_path / "first")
 
 
-def test_progressive_and_accumulating_runs_resume_on_their_schedule(data_dir, tmp_path):
-    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--progressive", "--grad_accum", 2]
-    assert run_main(*flags, "--run_dir", tmp_path / "run") == 0
+def test_progressive_and_accumulating_runs_resume_on_their_schedule(data_dir, tmp_path, monkeypatch):
+    sizes, forward = [], main.Model.forward
+
+    def recorded(model, images):
+        if model.training:
+            sizes.append(images.shape[-1])
+        return forward(model, images)
+
+    monkeypatch.setattr(main.Model, "forward", recorded)
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--image_size", 64, "--progressive", "--grad_accum", 2]
+    assert run_main(*flags, "--epochs", 3, "--run_dir", tmp_path / "run") == 0
+    assert sizes == [32] * 3 + [48] * 3 + [64] * 3  # 21 images: 3 batches an epoch, 2 steps
     last = load_checkpoint(tmp_path / "run" / "last_model.pth")
-    assert last["scheduler_state_dict"]["last_epoch"] == 2 * 2  # 21 images: 3 batches, 2 steps an epoch
-    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3) == 0
-    assert load_checkpoint(tmp_path / "run" / "last_model.pth")["scheduler_state_dict"]["last_epoch"] == 3 * 2
+    assert last["scheduler_state_dict"]["last_epoch"] == 3 * 2
+    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 4) == 0
+    assert load_checkpoint(tmp_path / "run" / "last_model.pth")["scheduler_state_dict"]["last_epoch"] == 4 * 2
+    assert sizes[9:] == [64] * 3
 
 
 def test_a_resumed_run_ends_with_the_same_weights(data_dir, tmp_path, monkeypatch):
