@@ -149,6 +149,23 @@ def _time_on(stream):
     return event
 
 
+@contextmanager
+def _naming_failures():
+    """Say in one line what of the machine failed, and which flag helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                "--batch_size: the GPU's memory is too small; with half of it and twice the --grad_accum the steps "
+                f"stay the same ({reason})"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # named without importing them
+            raise UserError(f"--compile: torch.compile does not work here ({reason}); leave it out") from error
+        raise
+
+
 @dataclass
 class Engine:
     """A model with all that is needed to train and evaluate it on `device`, in `amp_dtype` (None: float32)."""
@@ -174,10 +191,10 @@ class Engine:
     def forward(self, images):
         """images: (N, 3, H, W) uint8 on this device -> logits: (N, C) float32."""
         images = images.contiguous(memory_format=torch.channels_last)
-        autocast = torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
-        with autocast, _naming_failed_compilation():
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.model(images).float()
 
+    @_naming_failures()
     def train_one_epoch(self, loader, epoch, image_size=None):
         """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step), "input_wait"}.
 
@@ -222,6 +239,7 @@ class Engine:
         self.scaler.update()
         self.scheduler.step()
 
+    @_naming_failures()
     @torch.inference_mode()
     def evaluate(self, loader, name):
         """Every image once -> (mean loss, probabilities (N, C) float32 array, targets (N,) int64 array)."""
@@ -236,15 +254,6 @@ class Engine:
                 f"the loss on the images of {name} is {loss}: the model has diverged, or its file is damaged"
             )
         return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.cpu().numpy().astype(np.int64)
-
-
-@contextmanager
-def _naming_failed_compilation():
-    try:
-        yield
-    except torch._dynamo.exc.TorchDynamoException as error:  # from anywhere in the compilers below torch.compile
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); leave --compile out") from error
 
 
 def groups_of(iterable, size):

@@ -180,6 +180,17 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(bad_step):
         make_engine(criterion=Diverging()).train_one_epoch(batches(), 7)
 
 
+def test_a_gpu_without_memory_is_said_with_the_flags_that_help():
+    class Large(CrossEntropy):
+        def forward(self, logits, targets):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    with pytest.raises(UserError, match=r"--batch_size: .*--grad_accum .*\(CUDA out of memory. Tried to .* GiB.\)$"):
+        make_engine(criterion=Large()).train_one_epoch(batches(), 0)
+    with pytest.raises(UserError, match="--batch_size"):
+        make_engine(criterion=Large()).evaluate(batches(), "validation")
+
+
 def test_gradient_is_clipped_to_its_norm():
     engine = make_engine(clip_grad=1e-3)
     engine.criterion = lambda logits, targets: 1e3 * logits.square().sum()
