@@ -12,7 +12,7 @@ import signal
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -133,7 +133,7 @@ def _files_below(folder):
             continue
         entered.add(real_place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [os.path.join(place, name) for name in sorted(names) if not name.startswith(".")]
+        files += [f"{place}{os.sep}{name}" for name in sorted(names) if not name.startswith(".")]
     return files
 
 
@@ -159,10 +159,10 @@ def check_doubles(paths, flag):
     """Raise UserError if an image is in `paths` twice, also by a link: it could land in training and test."""
     seen, real_folders = set(), {}
     for path in paths:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition(os.sep)
         if folder not in real_folders:
             real_folders[folder] = os.path.realpath(folder)
-        real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folders[folder], name)
+        real_path = os.path.realpath(path) if os.path.islink(path) else f"{real_folders[folder]}{os.sep}{name}"
         if real_path in seen:
             raise UserError(f"{flag}: {path} is there twice; give each folder only once")
         seen.add(real_path)
@@ -188,8 +188,8 @@ def read_all(indexes, cache, skip_broken):
     whole, start = {}, 0
     for name, index in indexes.items():
         kept = [i for i in range(len(index)) if start + i not in reasons]
-        cached = ImageIndex(index.paths, index.targets, index.classes, rows[start : start + len(index)], cache)
-        whole[name] = cached.subset(kept)
+        cached = replace(index, rows=rows[start : start + len(index)], cache=cache)
+        whole[name] = cached.subset(kept) if len(kept) < len(index) else cached
         start += len(index)
     if not all(map(len, whole.values())):
         raise UserError(f"{broken[0][0]} cannot be read, nor any other image beside it")

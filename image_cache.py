@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,15 +95,22 @@ class Paths(Sequence):
     def __getitem__(self, i):
         """The path at `i`, or the Paths at an array of positions."""
         if not np.isscalar(i):
-            return Paths(self[k] for k in i)
+            letters, ends = self.letters.tobytes(), self.ends.tolist()
+            pieces = [letters[ends[k - 1] if k else 0 : ends[k]] for k in np.asarray(i).tolist()]
+            ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+            return Paths.from_arrays(np.frombuffer(b"".join(pieces), dtype=np.uint8), ends)
         i = range(len(self))[i]
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.letters[start : self.ends[i]].tobytes())
 
     def __iter__(self):
         letters, start = self.letters.tobytes(), 0
+        encoding, errors = (
+            sys.getfilesystemencoding(),
+            sys.getfilesystemencodeerrors(),
+        )  # as os.fsdecode, which is slower
         for end in self.ends.tolist():
-            yield os.fsdecode(letters[start:end])
+            yield letters[start:end].decode(encoding, errors)
             start = end
 
     def __add__(self, other):
