@@ -105,10 +105,8 @@ class Paths(Sequence):
 
     def __iter__(self):
         letters, start = self.letters.tobytes(), 0
-        encoding, errors = (
-            sys.getfilesystemencoding(),
-            sys.getfilesystemencodeerrors(),
-        )  # as os.fsdecode, which is slower
+        # what os.fsdecode does, which is slower
+        encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
         for end in self.ends.tolist():
             yield letters[start:end].decode(encoding, errors)
             start = end
@@ -250,10 +248,7 @@ class CacheIndex:
                 paths = Paths.from_arrays(content["letters"], content["ends"])
                 stats, pixel_file = content["stats"], os.path.basename(str(content["pixel_file"]))
             whole_rows = os.path.getsize(self.folder / pixel_file) // self.row_bytes
-        except (
-            FileNotFoundError,
-            PermissionError,
-        ):  # of a folder that cannot be read it is said that it is not written to
+        except (FileNotFoundError, PermissionError):  # the second was said when the folder could not be locked
             return
         except Exception as error:  # of a damaged file the reader of npz raises nearly anything
             print(f"image cache: the index in {self.folder} is damaged, it is built anew ({error})")
