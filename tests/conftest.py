@@ -1,6 +1,7 @@
 """Tiny class folders and one tiny finished training, shared by the tests."""
 
 import os
+import signal
 import tempfile
 
 import numpy as np
@@ -12,6 +13,8 @@ import main
 os.environ["WANDB_MODE"] = "disabled"
 CACHE_HOME = tempfile.TemporaryDirectory()  # taken away when the tests end
 os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
+# a background job ignores Ctrl-C, and so would the processes that the tests start and stop by it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 
