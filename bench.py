@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 import main
 from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, ImageIndex, index_folders, make_loader, read_all
 from demo import draw_patch
-from engine import DeviceBatches, Engine, keep_freed_memory, resolve_amp
+from engine import DeviceBatches, Engine, RunningFigures, keep_freed_memory, resolve_amp
 from files import UserError, progress_bar, write_json
 from image_cache import ImageCache, Paths
 from model import IMAGENET_MEAN, IMAGENET_STD, Model
@@ -185,7 +185,7 @@ def measure_step(device, compile):
     batches = [(images.contiguous(memory_format=torch.channels_last), targets)] * steps_to_time(device)
 
     def ours():
-        return engine.train_one_epoch(batches, 0)["images_per_second"]
+        return engine.train_one_epoch(batches, RunningFigures(0, engine.device))["images_per_second"]
 
     with usual_process() as process:
 
@@ -249,7 +249,7 @@ def _startup(count, device):
     with tempfile.TemporaryDirectory() as folder:
         write_many_files(Path(folder, "photos"), count)
         flags = ["--data_dirs", f"{folder}/photos", "--cache_dir", f"{folder}/cache", "--image_size", "32"]
-        args, _ = main.parse_args([*flags, "--no-pretrained", "--use_augmentation"])
+        args, _ = main.parse_args([*flags, "--no-pretrained", "--use_augmentation"], folder)
 
         def start():
             started = time.perf_counter()

@@ -5,11 +5,13 @@ normalises them on its own device.
 """
 
 import functools
+import itertools
 import math
 import os
 import re
 import signal
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,6 +29,8 @@ from image_cache import ImageCache, Paths, read_image, stat_of
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
+MOST_LISTED = 100  # lines about images that are lost
+WORKER_GRACE_S = 30  # for a loader worker that is told to end, as the last batch may still be wanted
 
 # each loader worker and each scanning thread handles an image of its own: threads inside OpenCV would only fight them
 cv2.setNumThreads(0)
@@ -40,7 +44,7 @@ class ImageIndex:
     """Which image belongs to which class, and where its pixels are.
 
     paths: N strings; targets: (N,) int64 into `classes`; rows: (N,) int64 into the cache, -1 (the default) for an image
-    that is not in it and is decoded whenever it is used.
+    that is not in it and is decoded whenever it is used; sizes: (N,) int64, bytes of the files, -1 where not known.
     """
 
     paths: Paths | list
@@ -48,19 +52,21 @@ class ImageIndex:
     classes: list
     rows: np.ndarray | None = None
     cache: ImageCache | None = None
+    sizes: np.ndarray | None = None
 
     def __post_init__(self):
         if not isinstance(self.paths, Paths):
             self.paths = Paths(self.paths)
         if self.rows is None:
             self.rows = np.full(len(self.paths), -1)
+        if self.sizes is None:
+            self.sizes = np.full(len(self.paths), -1)
 
     def subset(self, positions):
         """positions: (n,) int array or list."""
         positions = np.asarray(positions, dtype=np.int64)
-        return ImageIndex(
-            self.paths[positions], self.targets[positions], self.classes, self.rows[positions], self.cache
-        )
+        rows, sizes = self.rows[positions], self.sizes[positions]
+        return ImageIndex(self.paths[positions], self.targets[positions], self.classes, rows, self.cache, sizes)
 
     def counts(self):
         """-> (C,) int64: images a class."""
@@ -188,7 +194,8 @@ def read_all(indexes, cache, skip_broken):
     whole, start = {}, 0
     for name, index in indexes.items():
         kept = [i for i in range(len(index)) if start + i not in reasons]
-        cached = replace(index, rows=rows[start : start + len(index)], cache=cache)
+        own = slice(start, start + len(index))
+        cached = replace(index, rows=rows[own], cache=cache, sizes=stats[own, 0].copy())
         whole[name] = cached.subset(kept) if len(kept) < len(index) else cached
         start += len(index)
     if not all(map(len, whole.values())):
@@ -249,19 +256,65 @@ def check_every_class_in_every_part(parts, fractions):
             )
 
 
-def restore_split(index, split):
-    """Find the images of a checkpoint's split again. split: {part: [path]} -> {part: ImageIndex}."""
-    position = {path: i for i, path in enumerate(index.paths)}
-    parts = {}
+def restore_split(index, split, sizes, folders, former_folders):
+    """Find the images of a checkpoint's split again, also where their folders lie elsewhere now.
+
+    An image is known by its path below its folder and by its size. Where that is in several folders, the one at the
+    same place among `folders` as among `former_folders` comes first, and what another place has stays for that one.
+    split: {part: [path]}; sizes: {part: [bytes]}.
+    -> {part: ImageIndex}. Raises UserError if an image is missing or has changed, after listing them.
+    """
+    below = {}  # path below its folder -> {number of the folder: position in the index}
+    for i, path in enumerate(index.paths):
+        number, relative = _place(path, folders)
+        below.setdefault(relative, {})[number] = i
+    positions, lost, taken = {part: [] for part in split}, [], set()
     for part, paths in split.items():
-        missing = [path for path in paths if path not in position]
-        if missing:
+        for path, size in zip(paths, sizes[part], strict=True):
+            number, relative = _place(path, former_folders)
+            places = below.get(relative, {})
+            candidates = sorted(places, key=lambda other, own=number: (other != own, other))
+            candidates = [places[place] for place in candidates if places[place] not in taken]
+            found = next((i for i in candidates if stat_of(index.paths[i])[0] == size), None)
+            if found is None:
+                lost.append(f"changed: {index.paths[candidates[0]]}" if candidates else f"missing: {path}")
+            else:
+                positions[part].append(found)
+                taken.add(found)
+    _refuse_lost_images(lost, sum(map(len, split.values())))
+    return {part: index.subset(chosen) for part, chosen in positions.items()}
+
+
+def _place(path, folders):
+    """-> (number of the folder that `path` is in, its path below it). Names are compared composed (NFC)."""
+    prefixes = [os.path.join(folder, "") for folder in folders]
+    holding = [number for number, prefix in enumerate(prefixes) if path.startswith(prefix)]
+    if not holding:
+        return -1, path
+    number = max(holding, key=lambda number: len(prefixes[number]))
+    return number, unicodedata.normalize("NFC", path[len(prefixes[number]) :])
+
+
+def check_every_folder_is_used(parts, folders):
+    """Raise UserError if one of `folders` holds no image of any part: of a split that stays, it could only be more."""
+    used = {_place(path, folders)[0] for index in parts.values() for path in index.paths}
+    for number, folder in enumerate(folders):
+        if number not in used:
             raise UserError(
-                f"--resume: {len(missing)} of {len(paths)} {part} images of the checkpoint are not in the data folders "
-                f"any more, the first is {missing[0]}"
+                f"--data_dirs: no image of the checkpoint's split is in {folder}; the split stays, start a new run"
             )
-        parts[part] = index.subset([position[path] for path in paths])
-    return parts
+
+
+def _refuse_lost_images(lost, total):
+    for line in lost[:MOST_LISTED]:
+        print(line)
+    if len(lost) > MOST_LISTED:
+        print(f"... and {len(lost) - MOST_LISTED} more")
+    if lost:
+        raise UserError(
+            f"--resume: {len(lost)} of {total} images of the checkpoint's split are missing or have changed (listed "
+            f"above), the first is {lost[0]}; put them back, or say where they lie now with --data_dirs"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- data sets
@@ -365,9 +418,43 @@ def to_tensor(images):
 
 
 def _leave_signals_to_the_main_process(worker_id):
-    # terminals and queues signal the whole process group; a worker that died of it would look like a crash
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    """Terminals and queues signal the whole process group, but the main process still waits for this worker's batch.
+
+    It goes on for a while after SIGTERM; a second one, with which Python ends workers that are left over, ends it.
+    """
+
+    def leave(*_):
+        os._exit(0)
+
+    def leave_later(*_):
+        signal.signal(signal.SIGTERM, leave)
+        timer = threading.Timer(WORKER_GRACE_S, leave)
+        timer.daemon = True
+        timer.start()
+
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_later)
+
+
+class EpochSampler(DistributedSampler):
+    """Every position once, shuffled by (seed, epoch) alone; an epoch may begin in its middle."""
+
+    def __init__(self, dataset, shuffle, seed):
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+        self.skipped = 0
+
+    def set_epoch(self, epoch, skipped=0):
+        """skipped: how many positions of the epoch are left out, as they were trained on before."""
+        super().set_epoch(epoch)
+        self.skipped = skipped
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skipped, None)
+
+    def __len__(self):
+        return super().__len__() - self.skipped
 
 
 def _as_it_is(batch):
@@ -379,12 +466,10 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
 
     Shuffled by (seed, epoch): call `loader.sampler.set_epoch`.
     """
-    # torch's own sampler that shuffles by (seed, epoch) alone
-    sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,
         batch_size,
-        sampler=sampler,
+        sampler=EpochSampler(dataset, shuffle, seed),
         num_workers=num_workers,
         collate_fn=_as_it_is,  # the data sets give whole batches
         pin_memory=pin_memory,

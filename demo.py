@@ -17,7 +17,7 @@ def write_demo_data(folder, seed):
     """Write one JPEG a patch to `folder/GRADE/`. -> `folder` as a string."""
     for grade, count in enumerate(IMAGES_PER_GRADE):
         grade_folder = Path(folder, str(grade))
-        grade_folder.mkdir(parents=True)
+        grade_folder.mkdir(parents=True, exist_ok=True)  # a run that was killed early may start again
         for number in range(count):
             patch = draw_patch(grade, np.random.default_rng((seed, grade, number)))
             encoded = cv2.imencode(".jpg", cv2.cvtColor(patch, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1]

@@ -195,36 +195,43 @@ class Engine:
             return self.model(images).float()
 
     @_naming_failures()
-    def train_one_epoch(self, loader, epoch, image_size=None):
+    def train_one_epoch(self, loader, figures, image_size=None, after_step=None):
         """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step), "input_wait"}.
 
-        image_size: side that the images are resized to; None: as they come. input_wait: the share of the time, 0..1,
-        spent waiting for images. Raises UserError, naming epoch and step, when the loss is not finite.
+        figures: the epoch's `RunningFigures`, new ones or of a part of the epoch that was trained before. image_size:
+        side that the images are resized to; None: as they come. after_step: called after each step of the optimizer;
+        it may raise to leave the epoch there. input_wait: the share of the time, 0..1, spent waiting for images.
+        Raises UserError, naming epoch and step, when the loss is not finite.
         """
         self.model.train()
-        figures = RunningFigures(epoch, self.device)
         batches = DeviceBatches(loader, self.device)
+        seconds_before = figures.seconds
         started = time.perf_counter()
-        bar = progress_bar(batches, f"epoch {epoch}")
+        bar = progress_bar(batches, f"epoch {figures.epoch}")
         for group in groups_of(bar, self.grad_accum):
-            learning_rate = self.optimizer.param_groups[0]["lr"]
             self._step(group, figures, image_size)
+            figures.seconds = seconds_before + time.perf_counter() - started
             if figures.unchecked >= CHECK_EVERY:
                 mean_loss = figures.check()
-                rate = figures.images / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {learning_rate:.2e}, {rate:.0f} images/s")
+                rate = figures.images / figures.seconds
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {figures.learning_rate:.2e}, {rate:.0f} images/s")
+            if after_step:
+                after_step()
         mean_loss = figures.check(last=True)
         seconds = time.perf_counter() - started
+        figures.seconds = seconds_before + seconds
         return {
             "train_loss": mean_loss,
             "train_acc": figures.correct.item() / figures.images,
-            "images_per_second": figures.images / seconds,
-            "learning_rate": learning_rate,
+            "images_per_second": figures.images / figures.seconds,
+            "learning_rate": figures.learning_rate,
             "input_wait": batches.seconds_waited() / seconds,
         }
 
     def _step(self, batches, figures, image_size):
         """One step of the optimizer with the mean gradient over all images of `batches`. Never makes a GPU wait."""
+        figures.learning_rate = self.optimizer.param_groups[0]["lr"]
+        figures.steps += 1
         group_size = sum(len(targets) for _, targets in batches)
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in batches:
@@ -241,11 +248,17 @@ class Engine:
 
     @_naming_failures()
     @torch.inference_mode()
-    def evaluate(self, loader, name):
-        """Every image once -> (mean loss, probabilities (N, C) float32 array, targets (N,) int64 array)."""
+    def evaluate(self, loader, name, after_batch=None):
+        """Every image once -> (mean loss, probabilities (N, C) float32 array, targets (N,) int64 array).
+
+        after_batch: called after each batch; it may raise to leave.
+        """
         self.model.eval()
-        device_batches = progress_bar(DeviceBatches(loader, self.device), name)
-        batches = [(self.forward(images), targets) for images, targets in device_batches]
+        batches = []
+        for images, targets in progress_bar(DeviceBatches(loader, self.device), name):
+            batches.append((self.forward(images), targets))
+            if after_batch:
+                after_batch()
         logits = torch.cat([logits for logits, _ in batches])
         targets = torch.cat([targets for _, targets in batches])
         loss = self.criterion(logits, targets).item()
@@ -263,17 +276,29 @@ def groups_of(iterable, size):
         yield group
 
 
+POSITION = ("images", "batches", "loss", "correct", "seconds", "learning_rate")  # in an epoch, so far
+
+
 class RunningFigures:
     """Sums over the batches of an epoch, kept on the device.
 
     Losses are brought over some batches at a time, one look later than they are asked for: a GPU need not stop for it.
     """
 
-    def __init__(self, epoch, device):
-        self.epoch, self.loss, self.images = epoch, 0.0, 0
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, epoch, device, position=None):
+        """position: of an epoch that was left in the middle, as `position()` gave it."""
+        position = position or dict.fromkeys(POSITION, 0)
+        self.epoch, self.steps = epoch, 0  # steps: of the optimizer, by this process
+        self.images, self.seconds, self.learning_rate = (position[k] for k in ("images", "seconds", "learning_rate"))
+        self.correct = torch.tensor(position["correct"], device=device)
+        self.batches, self.loss = position["batches"], position["loss"]  # that were looked at
         self._unchecked, self._on_the_way = [], None
-        self._checked_steps = self._checked_images = 0
+        self._checked_images = self.images
+
+    def position(self):
+        """-> what it takes to go on from here, as {name of POSITION: a plain number}. A GPU is let finish."""
+        self.check(last=True)
+        return {name: getattr(self, name) for name in POSITION} | {"correct": self.correct.item()}
 
     @property
     def unchecked(self):
@@ -315,9 +340,9 @@ class RunningFigures:
         for loss, size in zip(losses.tolist(), sizes, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss is {loss} at epoch {self.epoch}, step {self._checked_steps}: the training has diverged; "
+                    f"the loss is {loss} at epoch {self.epoch}, step {self.batches}: the training has diverged; "
                     "resume from the last checkpoint with a smaller --learning_rate"
                 )
             self.loss += loss * size
             self._checked_images += size
-            self._checked_steps += 1
+            self.batches += 1

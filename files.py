@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import numpy as np
 from tqdm import tqdm
 
@@ -17,6 +19,9 @@ HISTORY_COLUMNS = (
     "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
     "learning_rate", "seconds", "images_per_second",
 )  # fmt: skip
+
+
+LOCK_FILE = ".lock"  # in a run's folder
 
 
 class UserError(Exception):
@@ -30,10 +35,11 @@ def progress_bar(iterable, title, unit="batch", total=None):
 
 
 @contextmanager
-def atomic_write(path, mode="w"):
+def atomic_write(path, mode="w", former=None):
     """Open a temporary file beside `path`; sync it and rename it over `path` once it is whole.
 
-    A crash at any moment leaves the former file or the new one. `mode`: "w" (UTF-8 text) or "wb".
+    A crash at any moment leaves the former file or the new one. `mode`: "w" (UTF-8 text) or "wb". former: a name that
+    the former file is kept under.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,14 +50,71 @@ def atomic_write(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if former and path.exists():
+            _keep(path, path.with_name(former))
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say to what file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _keep(path, former):
+    """Name the file at `path` also `former`, so that there is a file at `path` all the time."""
+    link = former.with_name(f".{former.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        os.replace(path, former)
+    else:
+        os.replace(link, former)
+
+
+def _sync_folder(folder):
+    """Have the new name of a file survive a power cut too, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(folder):
+    """Hold a run's folder for this process. -> the folder.
+
+    The lock goes with the process, however that ends. What writers that were killed have left is taken away. Raises
+    UserError, naming the process and its host, if another holds it.
+    """
+    folder = Path(folder)
+    lock_file = folder / LOCK_FILE
+    lock = filelock.FileLock(lock_file, blocking=False)
+    try:
+        lock.acquire()
+        lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    except filelock.Timeout as error:
+        holder = ""
+        with suppress(OSError):  # some systems do not let the file be read
+            holder = lock_file.read_text().strip()
+        raise UserError(f"{folder} is in use by {holder or 'another process'}; wait for it, or stop it") from error
+    except (OSError, NotImplementedError) as error:  # a file system that is full, or has no locks
+        reason = getattr(error, "strerror", None) or error
+        print(f"warning: {folder} cannot be locked ({reason}); start no second run in it", file=sys.stderr)
+    try:
+        for stray in folder.glob(".*.tmp"):
+            with suppress(OSError):
+                stray.unlink()
+        yield folder
+    finally:
+        lock.release()
+
+
 @contextmanager
 def new_folder(folder, flag, numbered=False):
-    """Make `folder`, which must not exist yet, with its parents.
+    """Make `folder`, which must not exist yet, with its parents, and hold its lock.
 
     Taken away again if the body fails with it empty, or by a UserError before there is a checkpoint in it.
     numbered: where the name is taken (by a run that began in the same second), add `_2`, `_3` ... instead of failing.
@@ -70,16 +133,33 @@ def new_folder(folder, flag, numbered=False):
         except OSError as error:
             raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
     try:
-        yield folder
+        with locked(folder):
+            yield folder
     except BaseException as error:
-        with suppress(OSError):  # what holds something stays
-            if isinstance(error, UserError) and not list(folder.glob("*.pth")):
+        refused = isinstance(error, UserError) and not list(folder.glob("*.pth"))
+        if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
+            with suppress(OSError):  # what holds something stays
                 shutil.rmtree(folder)
-            else:
-                folder.rmdir()
-            for parent in missing_parents:
-                parent.rmdir()
+                for parent in missing_parents:
+                    parent.rmdir()
         raise
+
+
+@contextmanager
+def own_folder(folder, flag):
+    """The folder of a run that may have begun, held by its lock; made if it is not there.
+
+    Raises UserError, naming `flag`, if it holds something else.
+    """
+    folder = Path(folder).absolute()
+    if not folder.exists():
+        with new_folder(folder, flag) as folder:
+            yield folder
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not list(folder.glob("*.pth")) + list(folder.glob(LOCK_FILE))):
+        raise UserError(f"{flag}: {folder} is there and is not the folder of a run; name another")
+    with locked(folder):
+        yield folder
 
 
 def timestamped(prefix):
@@ -91,14 +171,6 @@ def write_json(path, content):
     with atomic_write(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def read_history(path, last_epoch):
-    """The rows of `history.csv` up to `last_epoch`, as dicts of strings; none if there is no such file."""
-    if not Path(path).exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["epoch"]) <= last_epoch]
 
 
 def write_history(path, rows):

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +28,12 @@ INDEX_FILE = "index.npz"
 # ---------------------------------------------------------------------------------------------- decoding one image
 
 
+def limit_image_size(megapixels):
+    """Refuse larger images before they are decoded: a file of some kB can claim to hold gigabytes of pixels."""
+    Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses from twice as many on
+
+
 def load_image(path, size=None):
     """Decode a file -> 8-bit RGB PIL image, upright by its EXIF orientation.
 
@@ -34,6 +41,8 @@ def load_image(path, size=None):
     in the end; a JPEG is decoded straight to 1/2, 1/4 or 1/8 of its size where that is not smaller.
     Raises whatever the decoder raises when the file is broken, cut short or no image.
     """
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise OSError("it is no regular file")  # opening a named pipe would wait for ever
     with Image.open(path) as image:
         if size:
             image.draft(None, (size, size))
@@ -65,7 +74,17 @@ def read_image(path, size):
     try:
         return _decode(path, size)
     except Exception as error:  # a decoder raises nearly anything on a broken file; the user needs to know which file
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {_why(error, path)}") from error
+
+
+def _why(error, path):
+    """What the decoder raised, in words for the user."""
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        return f"it claims more than {limit:g} million pixels; if that is right, raise --max_megapixels"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "empty file"
+    return str(error).replace(repr(path), "it") or repr(error)
 
 
 # -------------------------------------------------------------------------------------------------- paths of images
@@ -405,6 +424,5 @@ def _decode_into(path, pixels):
     try:
         pixels[:] = _decode(path, len(pixels))
     except Exception as error:  # whatever the decoder raises is the reason that is listed
-        empty = os.path.exists(path) and os.path.getsize(path) == 0
-        return "empty file" if empty else str(error).replace(repr(path), "it") or repr(error)
+        return _why(error, path)
     return None

@@ -8,12 +8,13 @@ python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth -
 """
 
 import argparse
+import functools
+import json
 import math
 import os
-import signal
+import shlex
 import sys
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dataset_double import (
     DoubleSkinDataset,
     check_doubles,
     check_every_class_in_every_part,
+    check_every_folder_is_used,
     check_fractions,
     index_folders,
     make_loader,
@@ -37,20 +39,22 @@ from dataset_double import (
     restore_split,
     stratified_split,
 )
-from engine import Engine, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
+from engine import Engine, RunningFigures, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
 from files import (
     UserError,
+    locked,
     new_folder,
-    read_history,
+    own_folder,
     timestamped,
     write_history,
     write_json,
     write_predictions,
 )
-from image_cache import ImageCache, default_cache_dir
+from image_cache import ImageCache, default_cache_dir, limit_image_size
 from metrics import full_metrics, summary_metrics
-from model import Model, backbone_state_dict, load_checkpoint, read_weights, save_checkpoint
+from model import Model, backbone_state_dict, load_checkpoint, read_weights
 from resnet_custom import imagenet_state_dict
+from resuming import BEST, LAST, Keeper, Signals, Stopped, checkpoint_to_go_on_with, settle_best_model
 from utils import TRAIN_LOSSES, build_loss, class_balanced_weights, effective_number
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -64,10 +68,14 @@ DEMO_DEFAULTS = {
     "wandb_mode": "disabled",
 }
 # flags of the checkpoint's run that say nothing about the run that resumes it
-NOT_INHERITED = ("resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
+NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
+# flags that name a place to write to: a checkpoint from elsewhere must not choose one
+WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags whose work is done: the split is made, the training has begun, the best model so far was chosen
 FIXED_ON_RESUME = ("split", "pretrained", "weights")
-FIXED_IN_TRAINING = ("val_dirs", "test_dirs", "best_metric")
+FIXED_IN_TRAINING = ("best_metric",)
+# flags that set which image of an epoch comes when
+ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class")
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +134,7 @@ def add_data_flags(group):
     add("--cache_dir", metavar="DIR", help=f"decoded images are kept here [{default_cache_dir()}]")
     switch = {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
     add("--no_cache", **switch, default=False, help="keep none: decode each image whenever it is used")
+    add("--max_megapixels", type=number(float, above=0), default=200, help="larger images are refused [200]")
     add("--demo", action="store_true", help="draw a small synthetic data set and train on it")
 
 
@@ -173,6 +182,10 @@ def add_run_flags(group):
     add("--output_dir", default="checkpoints", help="the run's folder is OUTPUT_DIR_YYYYMMDD_HHMMSS [checkpoints]")
     add("--run_dir", metavar="DIR", help="the run's folder, by its exact name; must be new")
     add("--resume", metavar="FILE", help="go on with a checkpoint; its flags are the defaults")
+    add_switch(group, "auto_resume", False, "go on with the run in --run_dir; start it if it has not begun")
+    add("--save_every", type=number(int, low=0), default=0, metavar="N", help="save every N steps too; 0: no [0]")
+    minutes = {"type": number(float, low=0), "metavar": "M", "default": 10}
+    add("--save_minutes", **minutes, help="save when an epoch takes longer; 0: no [10]")
     add_switch(group, "eval_only", False, "test the checkpoint of --resume, train nothing")
 
 
@@ -191,27 +204,45 @@ def add_wandb_flags(group):
     add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [the run's folder]")
 
 
-def parse_args(argv):
-    """-> (args, the checkpoint of --resume or None). The checkpoint's flags are the defaults of those not given."""
-    parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
+def first_look(argv):
+    """-> the flags as they are given, without those of a checkpoint: enough to know the run's folder."""
+    first, _ = build_parser().parse_known_args(argv)
+    if first.eval_only and not first.resume:
+        raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
+    if first.auto_resume and not first.run_dir:
+        raise UserError("--auto_resume: name the run's folder with --run_dir DIR")
+    if first.auto_resume and first.resume:
+        raise UserError("--auto_resume: finds the checkpoint in --run_dir by itself; leave out --resume")
+    return first
+
+
+def parse_args(argv, run_dir):
+    """-> (args, the checkpoint to go on with or None). The checkpoint's flags are the defaults of those not given."""
+    parser, first = build_parser(), first_look(argv)
     checkpoint = load_checkpoint(first.resume) if first.resume else None
+    if first.auto_resume:
+        first.resume, checkpoint = checkpoint_to_go_on_with(run_dir) or (None, None)
     if checkpoint:
         known = vars(first).keys() - set(NOT_INHERITED)
         if "WANDB_MODE" in os.environ:
             known.discard("wandb_mode")
-        parser.set_defaults(**{name: value for name, value in checkpoint["args"].items() if name in known})
+        inherited = {name: value for name, value in checkpoint["args"].items() if name in known}
+        for name in WRITTEN_TO:
+            if inherited.get(name) and not is_inside(inherited[name], run_dir):
+                outside = inherited.pop(name)
+                if not getattr(first, name):
+                    print(f"--{name}: not {outside} as in the checkpoint, to use it again give it again")
+        parser.set_defaults(**inherited)
     elif first.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
     args = parser.parse_args(argv)
+    args.resume, args.run_dir = first.resume and str(first.resume), str(run_dir)
     for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if checkpoint:
         check_resume_flags(args, checkpoint)
-    elif args.eval_only:
-        raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
     elif not (args.data_dirs or args.demo):
         raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
     elif args.data_dirs and args.demo:
@@ -220,27 +251,17 @@ def parse_args(argv):
     return args, checkpoint
 
 
+def is_inside(path, folder):
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def check_resume_flags(args, checkpoint):
-    if args.demo:
+    if args.demo and not args.auto_resume:
         raise UserError("--demo: a run is resumed with its own data; leave out --demo")
+    args.demo = False  # the data are drawn
     for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
         if getattr(args, name) != checkpoint["args"][name]:
             raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")
-    if args.eval_only:
-        return
-    own_folder = os.path.dirname(os.path.abspath(args.resume))
-    if args.run_dir and os.path.abspath(args.run_dir) != own_folder:
-        raise UserError(f"--run_dir: a resumed run goes on in the checkpoint's own folder, {own_folder}")
-    args.run_dir = None
-    if checkpoint["epoch"] != checkpoint["best_epoch"]:  # else this checkpoint is the best model itself
-        best = load_checkpoint(os.path.join(own_folder, "best_model.pth"))
-        if any(best[key] != checkpoint[key] for key in ("best_epoch", "best_metric", "classes")):
-            raise UserError(
-                f"--resume: {own_folder}/best_model.pth is not the best model of {args.resume} "
-                f"(of epoch {best['epoch']}, not {checkpoint['best_epoch']}); put the right one beside it"
-            )
-    if len(read_history(os.path.join(own_folder, "history.csv"), checkpoint["epoch"])) != checkpoint["epoch"] + 1:
-        raise UserError(f"--resume: {own_folder}/history.csv is missing or lacks epochs; put the run's own beside it")
 
 
 def choose_device(name):
@@ -252,16 +273,23 @@ def choose_device(name):
     return device
 
 
-def run_folder(args):
-    """-> context of the folder to write to: the checkpoint's own when resuming, else a new one."""
-    if args.run_dir:
-        return new_folder(args.run_dir, "--run_dir")
-    if args.eval_only:
-        beside = os.path.join(os.path.dirname(os.path.abspath(args.resume)), "eval")
-        return new_folder(timestamped(beside), "--run_dir", numbered=True)
-    if args.resume:
-        return nullcontext(Path(args.resume).absolute().parent)
-    return new_folder(timestamped(args.output_dir), "--output_dir", numbered=True)
+def run_folder(first):
+    """-> context of the folder to write to, held by its lock: the checkpoint's own when resuming, else a new one."""
+    if first.auto_resume:
+        return own_folder(first.run_dir, "--run_dir")
+    beside = Path(first.resume or "").absolute().parent
+    if first.eval_only:
+        if first.run_dir:
+            return new_folder(first.run_dir, "--run_dir")
+        return new_folder(timestamped(beside / "eval"), "--run_dir", numbered=True)
+    if first.resume:
+        load_checkpoint(first.resume)  # what is none is refused before a lock is left beside it
+        if first.run_dir and Path(first.run_dir).absolute() != beside:
+            raise UserError(f"--run_dir: a resumed run goes on in the checkpoint's own folder, {beside}")
+        return locked(beside)
+    if first.run_dir:
+        return new_folder(first.run_dir, "--run_dir")
+    return new_folder(timestamped(first.output_dir), "--output_dir", numbered=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -291,16 +319,24 @@ def image_cache(args):
 
 def restore_data(args, checkpoint):
     """The checkpoint's own split, as it was. -> {part: ImageIndex}."""
-    index = index_folders([*args.data_dirs, *(args.val_dirs or []), *(args.test_dirs or [])], checkpoint["classes"])
-    parts = restore_split(index, checkpoint["splits"])
-    others = len(index) - sum(map(len, parts.values()))
-    if others and args.data_dirs != checkpoint["args"]["data_dirs"]:
-        raise UserError(
-            f"--data_dirs: has {others} images more than the checkpoint's split, which stays; start a new run"
-        )
+    parts, others = find_split(checkpoint, PARTS, vars(args))
+    check_every_folder_is_used(parts, every_folder(vars(args)))
     if others:
         print(f"left out {others} images that are in no part of the checkpoint's split")
     return read_all(parts, image_cache(args), skip_broken=False)  # without one of its images it would be another split
+
+
+def find_split(checkpoint, names, flags):
+    """The images of the checkpoint's parts `names` in the folders of `flags`. -> ({part: ImageIndex}, other images)."""
+    folders = every_folder(flags)
+    index = index_folders(folders, checkpoint["classes"], "--data_dirs / --val_dirs / --test_dirs")
+    split, sizes = ({part: checkpoint[key][part] for part in names} for key in ("splits", "file_sizes"))
+    parts = restore_split(index, split, sizes, folders, every_folder(checkpoint["args"]))
+    return parts, len(index) - sum(map(len, parts.values()))
+
+
+def every_folder(flags):
+    return [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in flags[name] or []]
 
 
 def data_to_evaluate(args, checkpoint):
@@ -308,19 +344,19 @@ def data_to_evaluate(args, checkpoint):
 
     Where the test images come from elsewhere and the checkpoint's own data are not here, it is only those.
     """
-    given = [part for part in ("val", "test") if getattr(args, f"{part}_dirs") != checkpoint["args"][f"{part}_dirs"]]
+    former = checkpoint["args"]
+    given = [part for part in ("val", "test") if getattr(args, f"{part}_dirs") != former[f"{part}_dirs"]]
     parts = {
         part: index_folders(getattr(args, f"{part}_dirs"), checkpoint["classes"], f"--{part}_dirs", allow_missing=True)
         for part in given
     }
     check_doubles([path for index in parts.values() for path in index.paths], "--val_dirs / --test_dirs")
-    own = {part: checkpoint["splits"][part] for part in ("val", "test") if part not in given}
-    if list(own) == ["val"] and not all(map(os.path.exists, own["val"])):
+    own = [part for part in ("val", "test") if part not in given]
+    here = args.data_dirs != former["data_dirs"] or all(map(os.path.exists, checkpoint["splits"]["val"]))
+    if own == ["val"] and not here:
         print("the checkpoint's own validation images are not here: only --test_dirs is evaluated")
     elif own:
-        first_run = {**checkpoint["args"], "data_dirs": args.data_dirs}
-        folders = [folder for name in ("data_dirs", "val_dirs", "test_dirs") for folder in first_run[name] or []]
-        parts |= restore_split(index_folders(folders, checkpoint["classes"]), own)
+        parts |= find_split(checkpoint, own, {**former, "data_dirs": args.data_dirs})[0]
     return read_all({part: parts[part] for part in PARTS if part in parts}, image_cache(args), args.skip_broken)
 
 
@@ -419,12 +455,15 @@ class Progress:
         return improved
 
     def best_row(self):
-        return next(row for row in self.history if int(row["epoch"]) == self.best_epoch)
+        """The row of the best epoch; None where a resumed run has not come to it again."""
+        return next((row for row in self.history if row["epoch"] == self.best_epoch), None)
 
 
-def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id):
+def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, position):
+    """position: in the epoch after `progress.epoch`, of `RunningFigures.position`; None between two epochs."""
     return {
         "epoch": progress.epoch,
+        "position": position,
         "model_state_dict": engine.model.state_dict(),
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "scheduler_state_dict": engine.scheduler.state_dict(),
@@ -432,23 +471,33 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id):
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,
         "best_epoch": progress.best_epoch,
+        "history": progress.history,
         "classes": parts["train"].classes,
         "samples_per_cls": samples_per_cls.tolist(),
         "args": vars(args),
         "wandb_id": wandb_id,
         "splits": paths_of(parts),
+        "file_sizes": {part: torch.from_numpy(index.sizes) for part, index in parts.items()},
         "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
 
 
 def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
-    """Put model, optimizer, schedule, scaler and random state back. -> Progress. Flags given anew win."""
+    """Put model, optimizer, schedule, scaler and random state back. -> (Progress, the position in the epoch after it).
+
+    Flags given anew win.
+    """
+    position = checkpoint["position"]
+    if position and any(getattr(args, name) != checkpoint["args"][name] for name in ORDER_FLAGS):
+        print(f"epoch {checkpoint['epoch'] + 1} begins again: its images come in another order now")
+        position = None
     engine.model.load_state_dict(checkpoint["model_state_dict"])
     engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
     if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
         engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
-    engine.scheduler.last_epoch = (checkpoint["epoch"] + 1) * steps_per_epoch  # in steps, as it is stepped
+    steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
+    engine.scheduler.last_epoch = (checkpoint["epoch"] + 1) * steps_per_epoch + steps  # in steps, as it is stepped
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
@@ -456,23 +505,24 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     torch.set_rng_state(checkpoint["rng_state"]["cpu"])
     if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
-    if checkpoint["epoch"] == checkpoint["best_epoch"] and Path(args.resume).name != "best_model.pth":
-        save_checkpoint(run_dir / "best_model.pth", checkpoint)
-    history = read_history(run_dir / "history.csv", checkpoint["epoch"])
-    return Progress(checkpoint["epoch"], checkpoint["best_metric"], checkpoint["best_epoch"], history)
+    best_metric, best_epoch = settle_best_model(checkpoint, args.resume, run_dir)
+    return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), position
 
 
-def train_and_validate(engine, train_loader, val_loader, epoch, args):
-    """One epoch. -> its row of `history.csv`."""
-    started = time.perf_counter()
-    train_loader.sampler.set_epoch(epoch)
+def train_and_validate(engine, train_loader, val_loader, figures, args, keeper):
+    """One epoch, or what is left of it. figures: its `RunningFigures`. -> its row of `history.csv`."""
+    train_loader.sampler.set_epoch(figures.epoch, skipped=figures.images)
     if isinstance(train_loader.dataset, AugmentedSkinDataset):
-        train_loader.dataset.set_epoch(epoch)
-    image_size = progressive_size(epoch, args.epochs, args.image_size) if args.progressive else None
-    figures = engine.train_one_epoch(train_loader, epoch, image_size)
-    val_loss, probabilities, targets = engine.evaluate(val_loader, f"validation (epoch {epoch})")
+        train_loader.dataset.set_epoch(figures.epoch)
+    image_size = progressive_size(figures.epoch, args.epochs, args.image_size) if args.progressive else None
+    visit = functools.partial(keeper.visit, figures)
+    row = engine.train_one_epoch(train_loader, figures, image_size, after_step=visit)
+    started = time.perf_counter()
+    name = f"validation (epoch {figures.epoch})"
+    val_loss, probabilities, targets = engine.evaluate(val_loader, name, after_batch=visit)
     val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}
-    return {"epoch": epoch, **figures, "val_loss": val_loss, **val, "seconds": time.perf_counter() - started}
+    seconds = figures.seconds + time.perf_counter() - started
+    return {"epoch": figures.epoch, **row, "val_loss": val_loss, **val, "seconds": seconds}
 
 
 def print_epoch(row, epochs, improved):
@@ -486,20 +536,19 @@ def print_epoch(row, epochs, improved):
     )
 
 
-def evaluate_parts(engine, parts, args, run_dir, best_epoch, samples_per_cls):
-    """Evaluate the model on each part, write results, predictions and the confusion matrix.
+def evaluate_parts(engine, parts, args, run_dir, checkpoint):
+    """Evaluate the checkpoint's model, which `engine` has, on each part; write predictions and the confusion matrix.
 
     -> (results, {part: (targets, probabilities)}).
     """
     classes = parts["test"].classes
-    results, answers = {"best_epoch": best_epoch}, {}
+    results, answers = {"best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
         loss, probabilities, targets = engine.evaluate(loader_for(index, args, engine.device), part)
         answers[part] = targets, probabilities
         results[part] = {"loss": loss, **full_metrics(targets, probabilities, classes)}
         write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities, classes)
-    results |= {"classes": classes, "samples_per_cls": samples_per_cls}
-    write_json(run_dir / "results.json", results)
+    results |= {"classes": classes, "samples_per_cls": checkpoint["samples_per_cls"]}
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, answers
@@ -522,7 +571,7 @@ def print_results(results, epoch, run_dir):
 # -------------------------------------------------------------------------------------------------- the experiment
 
 
-def train(args, checkpoint, device, run_dir):
+def train(args, checkpoint, device, run_dir, signals):
     """The experiment, in the order that matters: the classes are counted and the loss built before any oversampling."""
     state_dict = None if checkpoint else initial_weights(args)
     if args.demo:
@@ -543,38 +592,51 @@ def train(args, checkpoint, device, run_dir):
     val_loader = loader_for(parts["val"], args, device)
     steps_per_epoch = math.ceil(len(train_loader) / args.grad_accum)
     add_optimizer(engine, args, steps_per_epoch)
+    progress, position = Progress(), None
     if checkpoint:
-        progress = restore(engine, checkpoint, args, steps_per_epoch, run_dir)
-    else:
-        progress = Progress()
-        if state_dict:
-            engine.model.load_initial_weights(*state_dict, classes)
+        progress, position = restore(engine, checkpoint, args, steps_per_epoch, run_dir)
+    elif state_dict:
+        engine.model.load_initial_weights(*state_dict, classes)
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_of(parts))
+    write_history(run_dir / "history.csv", progress.history)
     precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 
     with tracking.Run(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as run:
-        for epoch in range(progress.epoch + 1, args.epochs):
-            row = train_and_validate(engine, train_loader, val_loader, epoch, args)
-            improved = progress.add_epoch(row, args.best_metric)
-            print_epoch(row, args.epochs, improved)
-            run.log_epoch(row, progress)
-            current = make_checkpoint(engine, progress, args, parts, samples_per_cls, run.id)
-            with signals_wait():
-                write_history(run_dir / "history.csv", progress.history)
-                save_checkpoint(run_dir / "last_model.pth", current)
-                if improved:  # after the last model: resuming that one can mend this one, not the other way round
-                    save_checkpoint(run_dir / "best_model.pth", current)
+        state = functools.partial(make_checkpoint, engine, progress, args, parts, samples_per_cls, run.id)
+        keeper = Keeper(run_dir, state, signals, args.save_every, args.save_minutes)
+        with signals.deferred():
+            for epoch in range(progress.epoch + 1, args.epochs):
+                figures = RunningFigures(epoch, engine.device, position)
+                position = None
+                row = train_and_validate(engine, train_loader, val_loader, figures, args, keeper)
+                improved = progress.add_epoch(row, args.best_metric)
+                print_epoch(row, args.epochs, improved)
+                run.log_epoch(row, progress)
+                keeper.end_epoch(improved)
+            keeper.finish()
 
-        best = load_checkpoint(run_dir / "best_model.pth")
+        best = load_checkpoint(run_dir / BEST)
         engine.model.load_state_dict(best["model_state_dict"])
         evaluated = {part: parts[part] for part in ("val", "test")}
-        results, answers = evaluate_parts(engine, evaluated, args, run_dir, best["epoch"], samples_per_cls.tolist())
+        results, answers = evaluate_parts(engine, evaluated, args, run_dir, best)
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
         report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, *answers["test"])
+    write_json(
+        run_dir / "results.json", {**results, "epochs": progress.epoch + 1}
+    )  # the last file: the run is finished
     print_results(results, best["epoch"], run_dir)
+
+
+def is_finished(args, checkpoint, run_dir):
+    """Whether a run has been trained for all its epochs, and tested after them."""
+    try:
+        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("epochs") == checkpoint["epoch"] + 1 >= args.epochs
 
 
 def make_loss(args, samples_per_cls):
@@ -594,62 +656,46 @@ def make_loss(args, samples_per_cls):
 
 def evaluate_only(args, checkpoint, device, run_dir):
     parts = data_to_evaluate(args, checkpoint)
-    samples_per_cls = checkpoint["samples_per_cls"]
-    engine = build_engine(args, device, make_loss(args, samples_per_cls), len(checkpoint["classes"]))
+    engine = build_engine(args, device, make_loss(args, checkpoint["samples_per_cls"]), len(checkpoint["classes"]))
     engine.model.load_state_dict(checkpoint["model_state_dict"])
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_of(parts))
-    results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint["best_epoch"], samples_per_cls)
+    results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint)
     report.write_report(run_dir, vars(args), results)
+    write_json(run_dir / "results.json", results)
     print_results(results, checkpoint["epoch"], run_dir)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a queue sends it before it takes the machine away."""
-
-
-def on_sigterm(*_):
-    raise Terminated
-
-
-@contextmanager
-def signals_wait():
-    """Let Ctrl-C and SIGTERM take effect after the body: within torch.save they would come out as another error."""
-    arrived = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    former = [signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, former, strict=True):
-            signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
 
 
 def how_to_go_on(args, started):
     """What to say behind "stopped". args: None if they were not parsed yet; started: time.time() of the start."""
     if args is None or args.eval_only:
         return ""
-    newest = Path(args.run_dir or "", "last_model.pth")
-    if not (args.run_dir and newest.exists() and newest.stat().st_mtime >= started):
+    if args.auto_resume:
+        return "; go on with the same command"
+    newest = Path(args.run_dir, LAST)
+    if not newest.exists() or newest.stat().st_mtime < started:
         newest = args.resume  # this run has saved nothing yet
-    return f"; go on with: python main.py --resume {newest}" if newest else "; no epoch was finished yet"
+    if not newest:
+        return "; nothing was trained yet"
+    outside = [name for name in WRITTEN_TO if getattr(args, name) and not is_inside(getattr(args, name), args.run_dir)]
+    flags = [word for name in outside for word in (f"--{name}", getattr(args, name))]
+    return f"; go on with: {shlex.join(['python', 'main.py', '--resume', str(newest), *flags])}"
 
 
-def main(argv=None):
-    """-> exit status: 0 done, 2 a mistake of the user's, 130 / 143 stopped by Ctrl-C / SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # a container may have fewer than the machine
+def run(argv, signals):
+    """What the command line asks for. -> exit status."""
     args, started = None, time.time()
     try:
-        args, checkpoint = parse_args(argv)
-        device = choose_device(args.device)
-        with run_folder(args) as run_dir:
-            args.run_dir = str(run_dir)
-            (evaluate_only if args.eval_only else train)(args, checkpoint, device, run_dir)
+        with run_folder(first_look(argv)) as run_dir:
+            args, checkpoint = parse_args(argv, run_dir)
+            limit_image_size(args.max_megapixels)
+            device = choose_device(args.device)
+            if args.eval_only:
+                evaluate_only(args, checkpoint, device, run_dir)
+            elif args.auto_resume and checkpoint and is_finished(args, checkpoint, run_dir):
+                print(f"finished before: {args.epochs} epochs, results lie in {run_dir}")
+            else:
+                train(args, checkpoint, device, run_dir, signals)
     except UserError as error:
         # an error raised in a loader worker arrives with that process's traceback in front of its text
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
@@ -659,13 +705,22 @@ def main(argv=None):
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
+    except Stopped as stop:
         print(f"stopped{how_to_go_on(args, started)}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+        return stop.status
     return 0
 
 
+def main(argv=None):
+    """-> exit status: 0 done, 2 a mistake of the user's, 130 / 143 stopped by Ctrl-C / SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):  # a line is seen when it is printed, also in a log; any file name prints
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # a container may have fewer than the machine
+    with Signals() as signals:
+        return run(argv, signals)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, on_sigterm)
     keep_freed_memory()
     sys.exit(main())

@@ -1,5 +1,8 @@
 """The classifier, and writing and reading its checkpoints."""
 
+import io
+import zipfile
+
 import torch
 from torch import nn
 
@@ -11,10 +14,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 BATCH_COUNT = ".num_batches_tracked"  # of batch norm; torchvision's older files do without
 
-CHECKPOINT_KEYS = (
-    "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "best_metric",
-    "best_metric_name", "best_epoch", "classes", "samples_per_cls", "args", "wandb_id", "splits", "rng_state",
-)  # fmt: skip
+CHECKPOINT_TYPES = {
+    "epoch": int,  # the last finished one, -1 for none
+    "position": (dict, type(None)),  # in the epoch after it, as `RunningFigures.position`; None: between two epochs
+    "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
+    "best_metric": float, "best_metric_name": str, "best_epoch": int,
+    "history": list,  # the rows of history.csv
+    "classes": list, "samples_per_cls": list, "args": dict, "wandb_id": (str, type(None)),
+    "splits": dict,  # {part: [path]}
+    "file_sizes": dict,  # {part: (N,) int64 tensor}, bytes
+    "rng_state": dict,
+}  # fmt: skip
 
 
 class Model(nn.Module):
@@ -82,26 +92,50 @@ def read_weights(path):
     return state_dict, classes
 
 
-def save_checkpoint(path, checkpoint):
-    """Write `checkpoint` (a dict with CHECKPOINT_KEYS) so that a crash leaves the former file or the whole new one."""
-    assert set(checkpoint) == set(CHECKPOINT_KEYS)
-    with atomic_write(path, "wb") as file:
-        torch.save(checkpoint, file)
+def checkpoint_bytes(checkpoint):
+    """`checkpoint`, a dict with the keys of CHECKPOINT_TYPES, as the bytes of its file."""
+    assert set(checkpoint) == set(CHECKPOINT_TYPES)
+    buffer = io.BytesIO()  # torch.save to a file would hide why a disk refused it
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
+
+
+def save_checkpoint(path, content, former=None):
+    """Write `checkpoint_bytes` so that a crash leaves the former file or the whole new one. Raises OSError.
+
+    former: a name that the former file is kept under.
+    """
+    with atomic_write(path, "wb", former) as file:
+        file.write(content)
 
 
 def load_checkpoint(path, flag="--resume"):
-    """Read a checkpoint onto the CPU without running code from it. Raises UserError if it is not whole or not ours."""
+    """Read a checkpoint onto the CPU without running code from it.
+
+    Raises UserError if it is not whole, not as it was written, or not ours.
+    """
     checkpoint = _load_file(path, flag)
-    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if missing:
-        raise UserError(f"{flag}: {path} is not a checkpoint of this project (it has no {missing[0]!r})")
+    keys = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in CHECKPOINT_TYPES.items():
+        if key not in keys or not isinstance(checkpoint[key], kind):
+            raise UserError(f"{flag}: {path} is not a checkpoint of this project (its {key!r} is missing or wrong)")
     return checkpoint
 
 
 def _load_file(path, flag):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        changed = zipfile.is_zipfile(path) and _first_changed_record(path)
+        content = None if changed else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the reader of pickles raises nearly anything on a file that is none
         raise UserError(f"{flag}: {path} is damaged, cut short, or not a file of PyTorch weights") from error
+    if changed:
+        raise UserError(f"{flag}: {path} is damaged: {changed} in it is not what was written")
+    return content
+
+
+def _first_changed_record(path):
+    """-> the name of a record that its CRC-32 does not fit, which torch.load does not look at, or None."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()

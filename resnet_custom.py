@@ -1,6 +1,7 @@
 """ResNet-50 with stride 1 in its last stage, built on torchvision's own, and its ImageNet weights."""
 
 import os
+import pickle
 import socket
 import urllib.error
 
@@ -37,8 +38,8 @@ def imagenet_state_dict():
     # torch.hub opens the address without a timeout: behind a silent firewall it would wait for minutes
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
-        return IMAGENET_WEIGHTS.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        return IMAGENET_WEIGHTS.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"--pretrained: the ImageNet weights are neither at {cached} nor to be downloaded ({error}); "
             f"fetch {IMAGENET_WEIGHTS.url} on another machine and give it with --weights FILE, or use --no-pretrained"

@@ -39,7 +39,10 @@ class Run:
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # else the agent sets both
             arguments |= {"project": args.wandb_project, "id": self.id}
-        self._run = self._start(args.wandb_mode, arguments)
+        try:
+            self._run = self._start(args.wandb_mode, arguments)
+        except wandb.errors.UsageError as error:
+            raise UserError(f"--wandb_id / --wandb_resume: {_first_line(error)}") from error
         self.id = self._run.id
         # every figure is drawn over the epoch, so that a resumed run goes on as one line
         self._run.define_metric("epoch")
@@ -79,8 +82,8 @@ class Run:
             return None, "the server did not accept the API key or did not answer"
         try:
             return wandb.init(mode="online", **arguments), None
-        except wandb.errors.UsageError as error:
-            raise UserError(f"--wandb_id / --wandb_resume: {_first_line(error)}") from error
+        except wandb.errors.UsageError:
+            raise
         except wandb.errors.Error as error:
             wandb.teardown()  # else the id of the run that did not start counts as taken
             return None, _first_line(error)
@@ -93,8 +96,8 @@ class Run:
 
     def _summarise_best_epoch(self, progress):
         """The best epoch's figures, not the last one's, are what a sweep compares, also of a trial that is stopped."""
-        best_row = {name: float(value) for name, value in progress.best_row().items() if name != "epoch"}
-        self._run.summary.update(best_row)
+        best_row = progress.best_row() or {}
+        self._run.summary.update({name: value for name, value in best_row.items() if name != "epoch"})
 
     def log_results(self, progress, results, targets, probabilities):
         """Test figures into the summary, and the test's confusion matrix.

@@ -7,8 +7,11 @@ import tempfile
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.models.resnet import Bottleneck, ResNet
 
 import main
+import resnet_custom
+from model import checkpoint_bytes, save_checkpoint
 
 os.environ["WANDB_MODE"] = "disabled"
 CACHE_HOME = tempfile.TemporaryDirectory()  # taken away when the tests end
@@ -45,15 +48,44 @@ def run_main(*flags):
     return main.main([str(flag) for flag in flags])
 
 
+def write_checkpoint(path, checkpoint):
+    save_checkpoint(path, checkpoint_bytes(checkpoint))
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     return write_class_folders(tmp_path_factory.mktemp("data"))
 
 
+def thin_resnet50():
+    """A ResNet with one block a stage, and thin: a fortieth of the work, and checkpoints of 40 MB instead of 280."""
+    network = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8)
+    network.layer4[0].conv2.stride = network.layer4[0].downsample[0].stride = (1, 1)
+    return network
+
+
+@pytest.fixture
+def thin_network(monkeypatch):
+    monkeypatch.setattr(resnet_custom, "resnet50", thin_resnet50)
+
+
 @pytest.fixture(scope="session")
 def finished_run(data_dir, tmp_path_factory):
-    """The folder of a two-epoch training with augmentation and the Class-Balanced loss, float32."""
+    """The folder of a two-epoch training of the thin network: augmentation, Class-Balanced loss, float32."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--run_dir", run_dir]
-    assert run_main(*flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet_custom, "resnet50", thin_resnet50)
+        assert run_main(*flags) == 0
     return run_dir
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    """A run folder of one's own, with links to the finished run's files (checkpoints are large)."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for file in finished_run.iterdir():
+        if file.is_file():
+            os.link(file, folder / file.name)
+    return folder

@@ -1,6 +1,8 @@
 import os
+import shutil
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from dataset_double import (
     augment_batch,
     check_doubles,
     check_every_class_in_every_part,
+    check_every_folder_is_used,
     check_fractions,
     draw_parameters,
     index_folders,
@@ -214,12 +217,65 @@ def test_shares_that_make_no_split_are_refused(fractions):
     check_fractions([0.8, 0.2, 0.0], ["test"])
 
 
-def test_a_split_is_found_again_and_missing_images_are_named():
-    index = index_of([5, 5])
-    parts = restore_split(index, {"train": list(index.paths)[3:7], "val": [index.paths[0]]})
-    assert parts["train"].targets.tolist() == [0, 0, 1, 1]
-    with pytest.raises(UserError, match=r"1 of 1 val images .*/gone\.jpg"):
-        restore_split(index, {"val": ["/gone.jpg"]})
+# ------------------------------------------------------------------------------------------------- a split, again
+
+
+@pytest.fixture
+def split_of_two_folders(tmp_path):
+    """Two folders whose images have the same names, split by hand. -> (split, sizes, former folders)."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        write_class_folders(folder, {"0": 3, "1": 3}, seed)
+    index = index_folders(folders)
+    parts = {"train": index.subset([0, 4, 7, 11]), "val": index.subset([1, 5, 6, 10]), "test": index.subset([2, 3, 8])}
+    split = {part: list(chosen.paths) for part, chosen in parts.items()}
+    return split, {part: list(map(os.path.getsize, paths)) for part, paths in split.items()}, list(map(str, folders))
+
+
+def split_again(split, sizes, former_folders, folders):
+    index = index_folders(folders)
+    return {part: list(one.paths) for part, one in restore_split(index, split, sizes, folders, former_folders).items()}
+
+
+def test_a_split_is_found_again_where_it_was(split_of_two_folders):
+    split, sizes, folders = split_of_two_folders
+    assert split_again(split, sizes, folders, folders) == split
+
+
+def test_a_split_is_found_again_where_its_folders_lie_now_in_whatever_order(split_of_two_folders, tmp_path):
+    split, sizes, former = split_of_two_folders
+    moved = [str(tmp_path / "elsewhere" / name) for name in ("a", "b")]
+    for folder, new in zip(former, moved, strict=True):
+        shutil.move(folder, new)
+
+    def at_new_place(path):
+        return path.replace(former[0], moved[0]).replace(former[1], moved[1])
+
+    expected = {part: [at_new_place(path) for path in paths] for part, paths in split.items()}
+    assert split_again(split, sizes, former, moved) == expected
+    # swapped, the names alone would find the other folder's images: the sizes tell
+    assert split_again(split, sizes, former, moved[::-1]) == expected
+
+
+def test_images_that_are_missing_or_have_changed_are_listed(split_of_two_folders, capsys):
+    split, sizes, folders = split_of_two_folders
+    gone, changed = Path(split["test"][0]), Path(split["val"][0])
+    twin = Path(str(gone).replace(folders[0], folders[1]))
+    for path in (gone, twin):  # else its namesake in the other folder would be one that has changed
+        path.unlink(missing_ok=True)
+    changed.write_bytes(changed.read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"of 11 images .* missing or have changed .*--data_dirs"):
+        split_again(split, sizes, folders, folders)
+    listed = capsys.readouterr().out.splitlines()
+    assert f"missing: {gone}" in listed and f"changed: {changed}" in listed
+
+
+def test_a_folder_without_an_image_of_the_split_is_refused(split_of_two_folders):
+    split, sizes, folders = split_of_two_folders
+    parts = restore_split(index_folders(folders), split, sizes, folders, folders)
+    check_every_folder_is_used(parts, folders)
+    with pytest.raises(UserError, match=r"--data_dirs: no image .* in /other"):
+        check_every_folder_is_used(parts, [*folders, "/other"])
 
 
 # ----------------------------------------------------------------------------------------------------- augmentation

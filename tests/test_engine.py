@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import DeviceBatches, Engine, lr_lambda, progressive_size, resize, resolve_amp
+from engine import DeviceBatches, Engine, RunningFigures, lr_lambda, progressive_size, resize, resolve_amp
 from files import UserError
 from utils import CBLoss, CrossEntropy
 
@@ -34,11 +34,11 @@ def batches(count=12, size=8, classes=3):
     return list(zip(images.split(size), targets.split(size), strict=True))
 
 
-def make_engine(amp_dtype=None, criterion=None, lr=1e-2, clip_grad=1.0, compile=False):
+def make_engine(amp_dtype=None, criterion=None, lr=1e-2, **options):
     torch.manual_seed(0)
     model = SmallNet()
     model(torch.zeros(2, 3, 9, 9))
-    engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, clip_grad=clip_grad, compile=compile)
+    engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, **{"clip_grad": 1.0, **options})
     engine.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
     return engine
@@ -54,6 +54,10 @@ def linear_engine(grad_accum=1):
     return engine
 
 
+def one_epoch(engine, loader, epoch=0, **options):
+    return engine.train_one_epoch(loader, RunningFigures(epoch, CPU), **options)
+
+
 class ToFloat(nn.Module):
     def forward(self, images):
         return images / 255
@@ -65,10 +69,41 @@ def test_accumulated_batches_train_as_one_large_batch_does():
         images, targets = zip(*small[first : first + 4], strict=True)
         large.append((torch.cat(images), torch.cat(targets)))
     one, other = linear_engine(grad_accum=4), linear_engine()
-    figures, expected = one.train_one_epoch(small, 0), other.train_one_epoch(large, 0)
+    figures, expected = one_epoch(one, small), one_epoch(other, large)
     torch.testing.assert_close(one.model.state_dict(), other.model.state_dict())
     assert figures["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
     assert one.scheduler.last_epoch == 2
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_an_epoch_left_after_any_step_and_gone_on_with_ends_the_same(grad_accum):
+    whole = make_engine(grad_accum=grad_accum)
+    expected = one_epoch(whole, batches(7))
+    for left_after in range(1, 7 // grad_accum):
+        engine, figures = make_engine(grad_accum=grad_accum), RunningFigures(0, CPU)
+        with pytest.raises(KeyboardInterrupt):
+            engine.train_one_epoch(batches(7), figures, after_step=leave_after(figures, left_after))
+        position = figures.position()
+        assert position["batches"] == left_after * grad_accum and position["images"] == 8 * position["batches"]
+        again = RunningFigures(0, CPU, position)
+        row = engine.train_one_epoch(batches(7)[position["batches"] :], again)
+        assert all(row[name] == expected[name] for name in ("train_loss", "train_acc", "learning_rate"))
+        torch.testing.assert_close(engine.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_an_epoch_left_after_its_last_step_has_only_its_figures_to_come():
+    engine, figures = make_engine(), RunningFigures(0, CPU)
+    row = engine.train_one_epoch(batches(3), figures)
+    again = engine.train_one_epoch([], RunningFigures(0, CPU, figures.position()))
+    assert {**again, "input_wait": 0} == {**row, "input_wait": 0, "images_per_second": again["images_per_second"]}
+
+
+def leave_after(figures, steps):
+    def after_step():
+        if figures.steps == steps:
+            raise KeyboardInterrupt
+
+    return after_step
 
 
 def test_progressive_sizes_grow_by_thirds_and_end_with_the_whole():
@@ -91,7 +126,7 @@ def test_training_at_another_size_feeds_the_model_images_of_that_size():
     engine = make_engine()
     engine.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].shape[-1]))
     engine.model.layers[-1] = nn.Linear(8 * 3 * 3, 3)  # of 8 px images
-    engine.train_one_epoch(batches(2), 0, image_size=8)
+    one_epoch(engine, batches(2), image_size=8)
     assert seen == [8, 8]
 
 
@@ -105,7 +140,7 @@ def test_the_share_of_waiting_is_measured():
     for _ in device_batches:
         time.sleep(0.2)
     assert 0.2 <= device_batches.seconds_waited() < 0.6  # of a second: 4 x 0.05 and what a busy machine adds
-    assert make_engine().train_one_epoch(batches(), 0)["input_wait"] < 0.2
+    assert one_epoch(make_engine(), batches())["input_wait"] < 0.2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -121,15 +156,15 @@ def test_batches_that_are_copied_ahead_arrive_whole_and_in_order():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_computes_the_same():
     plain, compiled = make_engine(), make_engine(compile=True)
-    expected = plain.train_one_epoch(batches(2), 0)["train_loss"]
-    assert compiled.train_one_epoch(batches(2), 0)["train_loss"] == pytest.approx(expected, rel=1e-4)
+    expected = one_epoch(plain, batches(2))["train_loss"]
+    assert one_epoch(compiled, batches(2))["train_loss"] == pytest.approx(expected, rel=1e-4)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
 def test_training_learns_in_each_precision(amp_dtype):
     engine = make_engine(amp_dtype)
-    figures = [engine.train_one_epoch(batches(), epoch) for epoch in range(4)]
+    figures = [one_epoch(engine, batches(), epoch) for epoch in range(4)]
     assert figures[-1]["train_loss"] < figures[0]["train_loss"] / 2
     assert figures[-1]["train_acc"] > 0.9
 
@@ -155,7 +190,7 @@ def test_training_figures_are_those_of_the_forward_passes():
         logits = [engine.model(images) for images, _ in loader]
     losses = [nn.functional.cross_entropy(z, t) * len(t) for z, (_, t) in zip(logits, loader, strict=True)]
     hits = sum(int((z.argmax(1) == t).sum()) for z, (_, t) in zip(logits, loader, strict=True))
-    figures = engine.train_one_epoch(loader, 0)
+    figures = one_epoch(engine, loader)
     assert figures["train_loss"] == pytest.approx(float(sum(losses)) / 19, rel=1e-4)
     assert figures["train_acc"] == pytest.approx(hits / 19)
 
@@ -177,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(bad_step):
             return super().forward(logits, targets) * (math.nan if self.calls == bad_step + 1 else 1)
 
     with pytest.raises(UserError, match=rf"loss is nan at epoch 7, step {bad_step}:"):
-        make_engine(criterion=Diverging()).train_one_epoch(batches(), 7)
+        one_epoch(make_engine(criterion=Diverging()), batches(), 7)
 
 
 def test_a_gpu_without_memory_is_said_with_the_flags_that_help():
@@ -186,7 +221,7 @@ def test_a_gpu_without_memory_is_said_with_the_flags_that_help():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
     with pytest.raises(UserError, match=r"--batch_size: .*--grad_accum .*\(CUDA out of memory. Tried to .* GiB.\)$"):
-        make_engine(criterion=Large()).train_one_epoch(batches(), 0)
+        one_epoch(make_engine(criterion=Large()), batches())
     with pytest.raises(UserError, match="--batch_size"):
         make_engine(criterion=Large()).evaluate(batches(), "validation")
 
@@ -194,7 +229,7 @@ def test_a_gpu_without_memory_is_said_with_the_flags_that_help():
 def test_gradient_is_clipped_to_its_norm():
     engine = make_engine(clip_grad=1e-3)
     engine.criterion = lambda logits, targets: 1e3 * logits.square().sum()
-    engine.train_one_epoch(batches(1), 0)
+    one_epoch(engine, batches(1))
     norm = torch.stack([p.grad.norm() for p in engine.model.parameters()]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -208,7 +243,7 @@ def test_learning_rate_warms_up_and_falls_along_half_a_cosine():
 
 def test_the_learning_rate_of_the_history_is_the_last_one_used():
     engine = make_engine(lr=1e-2)
-    assert engine.train_one_epoch(batches(1), 0)["learning_rate"] == pytest.approx(0.5e-2)
+    assert one_epoch(engine, batches(1))["learning_rate"] == pytest.approx(0.5e-2)
 
 
 def test_amp_names_and_the_choice_for_this_machine():

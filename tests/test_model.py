@@ -6,11 +6,25 @@ import torchvision
 from torchvision.transforms.v2.functional import normalize
 
 from files import UserError
-from model import CHECKPOINT_KEYS, Model, backbone_state_dict, load_checkpoint, read_weights, save_checkpoint
+from model import (
+    CHECKPOINT_TYPES,
+    Model,
+    backbone_state_dict,
+    checkpoint_bytes,
+    load_checkpoint,
+    read_weights,
+    save_checkpoint,
+)
 
 
 def checkpoint_with(**content):
-    return {**dict.fromkeys(CHECKPOINT_KEYS), "model_state_dict": {}, **content}
+    """A checkpoint with what is given, and what is empty of its kind."""
+    kinds = {key: kind[0] if isinstance(kind, tuple) else kind for key, kind in CHECKPOINT_TYPES.items()}
+    return {**{key: kind() for key, kind in kinds.items()}, **content}
+
+
+def save(path, **content):
+    save_checkpoint(path, checkpoint_bytes(checkpoint_with(**content)))
 
 
 def test_model_normalises_bytes_as_torchvision_does():
@@ -44,7 +58,7 @@ def test_torchvisions_older_files_without_batch_counts_load_too(tmp_path):
 @pytest.mark.parametrize("classes, taken", [(["a", "b"], True), (["a", "c"], False), (["a", "b", "c"], False)])
 def test_the_head_of_a_checkpoint_is_taken_only_for_the_same_classes(tmp_path, classes, taken):
     trained = Model(2)
-    save_checkpoint(tmp_path / "m.pth", checkpoint_with(model_state_dict=trained.state_dict(), classes=["a", "b"]))
+    save(tmp_path / "m.pth", model_state_dict=trained.state_dict(), classes=["a", "b"])
     model = Model(len(classes))
     model.load_initial_weights(*read_weights(tmp_path / "m.pth"), classes)
     assert torch.equal(model.backbone.conv1.weight, trained.backbone.conv1.weight)
@@ -68,13 +82,13 @@ def test_dropout_acts_in_training_only():
 
 def test_checkpoint_comes_back_as_it_was_written(tmp_path):
     checkpoint = checkpoint_with(epoch=3, classes=["0", "주름"], splits={"train": ["a b.jpg"]}, best_metric=0.5)
-    save_checkpoint(tmp_path / "last.pth", checkpoint)
+    save_checkpoint(tmp_path / "last.pth", checkpoint_bytes(checkpoint))
     assert load_checkpoint(tmp_path / "last.pth") == checkpoint
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last.pth", checkpoint_with(model_state_dict=Model(2).head.state_dict()))
+    save(tmp_path / "last.pth", model_state_dict=Model(2).head.state_dict())
     whole = (tmp_path / "last.pth").read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.pth").write_bytes(whole[:length])
