@@ -4,14 +4,15 @@ An image is a (H, W, 3) uint8 RGB array until the loader hands batches of (N, 3,
 normalises them on its own device.
 """
 
+import atexit
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -25,12 +26,11 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from files import UserError
-from image_cache import ImageCache, Paths, read_image, stat_of
+from image_cache import ImageCache, Paths, image_size_limit, limit_image_size, read_image, stat_of
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
 MOST_LISTED = 100  # lines about images that are lost
-WORKER_GRACE_S = 30  # for a loader worker that is told to end, as the last batch may still be wanted
 
 # each loader worker and each scanning thread handles an image of its own: threads inside OpenCV would only fight them
 cv2.setNumThreads(0)
@@ -259,28 +259,34 @@ def check_every_class_in_every_part(parts, fractions):
 def restore_split(index, split, sizes, folders, former_folders):
     """Find the images of a checkpoint's split again, also where their folders lie elsewhere now.
 
-    An image is known by its path below its folder and by its size. Where that is in several folders, the one at the
-    same place among `folders` as among `former_folders` comes first, and what another place has stays for that one.
-    split: {part: [path]}; sizes: {part: [bytes]}.
-    -> {part: ImageIndex}. Raises UserError if an image is missing or has changed, after listing them.
+    An image is known by its path below its folder and by its size, a folder by its images; of several that hold the
+    same, the one at the same place among `folders` as among `former_folders`. split: {part: [path]};
+    sizes: {part: [bytes]}. -> {part: ImageIndex}. Raises UserError if an image is missing or has changed, after
+    listing them.
     """
-    below = {}  # path below its folder -> {number of the folder: position in the index}
-    for i, path in enumerate(index.paths):
-        number, relative = _place(path, folders)
-        below.setdefault(relative, {})[number] = i
-    positions, lost, taken = {part: [] for part in split}, [], set()
-    for part, paths in split.items():
-        for path, size in zip(paths, sizes[part], strict=True):
-            number, relative = _place(path, former_folders)
-            places = below.get(relative, {})
-            candidates = sorted(places, key=lambda other, own=number: (other != own, other))
-            candidates = [places[place] for place in candidates if places[place] not in taken]
-            found = next((i for i in candidates if stat_of(index.paths[i])[0] == size), None)
-            if found is None:
-                lost.append(f"changed: {index.paths[candidates[0]]}" if candidates else f"missing: {path}")
+    position_at = {_place(path, folders): i for i, path in enumerate(index.paths)}
+    places = {part: [_place(path, former_folders) for path in paths] for part, paths in split.items()}
+    size_at = [stat_of(path)[0] for path in index.paths]
+    held = Counter()
+    for part, at in places.items():
+        for (former, relative), size in zip(at, sizes[part], strict=True):
+            for new in range(len(folders)):
+                position = position_at.get((new, relative))
+                held[former, new] += position is not None and size_at[position] == size
+    new_folder = {
+        former: max(range(len(folders)), key=lambda new, former=former: (held[former, new], new == former))
+        for former in {former for former, _ in held}
+    }
+    positions, lost = {part: [] for part in split}, []
+    for part, at in places.items():
+        for path, (former, relative), size in zip(split[part], at, sizes[part], strict=True):
+            position = position_at.get((new_folder[former], relative))
+            if position is None:
+                lost.append(f"missing: {path}")
+            elif size_at[position] != size:
+                lost.append(f"changed: {index.paths[position]}")
             else:
-                positions[part].append(found)
-                taken.add(found)
+                positions[part].append(position)
     _refuse_lost_images(lost, sum(map(len, split.values())))
     return {part: index.subset(chosen) for part, chosen in positions.items()}
 
@@ -417,25 +423,22 @@ def to_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _leave_signals_to_the_main_process(worker_id):
+def _begin_worker(max_megapixels, worker_id):
     """Terminals and queues signal the whole process group, but the main process still waits for this worker's batch.
 
-    It goes on for a while after SIGTERM; a second one, with which Python ends workers that are left over, ends it.
+    It ends when the main process tells it to, or is gone.
     """
-
-    def leave(*_):
-        os._exit(0)
-
-    def leave_later(*_):
-        signal.signal(signal.SIGTERM, leave)
-        timer = threading.Timer(WORKER_GRACE_S, leave)
-        timer.daemon = True
-        timer.start()
-
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave_later)
+    limit_image_size(max_megapixels)  # a worker that is not a fork starts without it
+
+
+@atexit.register
+def _end_workers():
+    """Workers that an error has left over: Python would send them SIGTERM, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class EpochSampler(DistributedSampler):
@@ -475,7 +478,7 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pi
         pin_memory=pin_memory,
         # where it can be had: the workers then share the index instead of getting copies
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=functools.partial(_begin_worker, image_size_limit()),
         persistent_workers=num_workers > 0,
         # of its own: else it would draw from the random state of dropout, more or less often by the number of workers
         generator=torch.Generator().manual_seed(seed),

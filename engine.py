@@ -161,6 +161,11 @@ def _naming_failures():
                 "--batch_size: the GPU's memory is too small; with half of it and twice the --grad_accum the steps "
                 f"stay the same ({reason})"
             ) from error
+        if "DataLoader worker" in reason:
+            raise UserError(
+                f"--num_workers: a loader worker has died, perhaps of too little memory ({reason}); go on from the "
+                "last checkpoint with fewer"
+            ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # named without importing them
             raise UserError(f"--compile: torch.compile does not work here ({reason}); leave it out") from error
         raise
@@ -193,6 +198,14 @@ class Engine:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.model(images).float()
+
+    def check_weights(self):
+        """Raise UserError if a weight is not finite any more: a step can do that behind a loss that was finite."""
+        if not torch.nn.utils.get_total_norm(p.detach() for p in self.model.parameters()).isfinite():
+            raise UserError(
+                "the weights are not finite any more: the training has diverged; resume from the last checkpoint with "
+                "a smaller --learning_rate"
+            )
 
     @_naming_failures()
     def train_one_epoch(self, loader, figures, image_size=None, after_step=None):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -26,6 +27,29 @@ LOCK_FILE = ".lock"  # in a run's folder
 
 class UserError(Exception):
     """A mistake that the user can mend: `main.py` prints it as one `error:` line and exits with status 2."""
+
+
+class Damaged(UserError):
+    """A file that is not what was written to it."""
+
+
+class LossyStream:
+    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with suppress(OSError, ValueError):  # the second: it was closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
 
 
 def progress_bar(iterable, title, unit="batch", total=None):
@@ -70,6 +94,7 @@ def _keep(path, former):
         os.replace(path, former)
     else:
         os.replace(link, former)
+        link.unlink(missing_ok=True)  # where both names were one file already, replace has left it
 
 
 def _sync_folder(folder):
@@ -91,7 +116,7 @@ def locked(folder):
     """
     folder = Path(folder)
     lock_file = folder / LOCK_FILE
-    lock = filelock.FileLock(lock_file, blocking=False)
+    lock = filelock.FileLock(lock_file, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
         lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -105,8 +130,9 @@ def locked(folder):
         print(f"warning: {folder} cannot be locked ({reason}); start no second run in it", file=sys.stderr)
     try:
         for stray in folder.glob(".*.tmp"):
-            with suppress(OSError):
-                stray.unlink()
+            if re.fullmatch(r"\..+\.(pth|csv|json|png|html)\.\d+\.tmp", stray.name):  # as atomic_write names them
+                with suppress(OSError):
+                    stray.unlink()
         yield folder
     finally:
         lock.release()
@@ -132,17 +158,17 @@ def new_folder(folder, flag, numbered=False):
                 raise UserError(f"{flag}: {folder} exists already; name a new folder, or --resume its run") from error
         except OSError as error:
             raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
-    try:
-        with locked(folder):
+    with locked(folder):
+        try:
             yield folder
-    except BaseException as error:
-        refused = isinstance(error, UserError) and not list(folder.glob("*.pth"))
-        if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
-            with suppress(OSError):  # what holds something stays
-                shutil.rmtree(folder)
-                for parent in missing_parents:
-                    parent.rmdir()
-        raise
+        except BaseException as error:
+            refused = isinstance(error, UserError) and not list(folder.glob("*.pth"))
+            if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
+                with suppress(OSError):  # what holds something stays
+                    shutil.rmtree(folder)
+                    for parent in missing_parents:
+                        parent.rmdir()
+            raise
 
 
 @contextmanager
@@ -173,11 +199,16 @@ def write_json(path, content):
         file.write("\n")
 
 
-def write_history(path, rows):
+def write_csv(path, columns, rows):
+    """rows: dicts; what is in none of `columns` is left out."""
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_history(path, rows):
+    write_csv(path, HISTORY_COLUMNS, rows)
 
 
 def write_predictions(path, image_paths, targets, probabilities, classes):

@@ -34,6 +34,11 @@ def limit_image_size(megapixels):
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses from twice as many on
 
 
+def image_size_limit():
+    """-> megapixels."""
+    return Image.MAX_IMAGE_PIXELS / 1e6
+
+
 def load_image(path, size=None):
     """Decode a file -> 8-bit RGB PIL image, upright by its EXIF orientation.
 
@@ -80,8 +85,7 @@ def read_image(path, size):
 def _why(error, path):
     """What the decoder raised, in words for the user."""
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
-        return f"it claims more than {limit:g} million pixels; if that is right, raise --max_megapixels"
+        return f"it claims more than {image_size_limit():g} million pixels; if that is right, raise --max_megapixels"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "empty file"
     return str(error).replace(repr(path), "it") or repr(error)

@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from dataset_double import (
 )
 from engine import Engine, RunningFigures, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
 from files import (
+    LossyStream,
     UserError,
     locked,
     new_folder,
@@ -54,7 +56,17 @@ from image_cache import ImageCache, default_cache_dir, limit_image_size
 from metrics import full_metrics, summary_metrics
 from model import Model, backbone_state_dict, load_checkpoint, read_weights
 from resnet_custom import imagenet_state_dict
-from resuming import BEST, LAST, Keeper, Signals, Stopped, checkpoint_to_go_on_with, settle_best_model
+from resuming import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    Keeper,
+    Signals,
+    Stopped,
+    checkpoint_to_go_on_with,
+    set_damaged_aside,
+    settle_best_model,
+)
 from utils import TRAIN_LOSSES, build_loss, class_balanced_weights, effective_number
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -227,6 +239,7 @@ def parse_args(argv, run_dir):
         if "WANDB_MODE" in os.environ:
             known.discard("wandb_mode")
         inherited = {name: value for name, value in checkpoint["args"].items() if name in known}
+        check_inherited(parser, inherited, first.resume)
         for name in WRITTEN_TO:
             if inherited.get(name) and not is_inside(inherited[name], run_dir):
                 outside = inherited.pop(name)
@@ -251,6 +264,24 @@ def parse_args(argv, run_dir):
     return args, checkpoint
 
 
+def check_inherited(parser, inherited, path):
+    """Raise UserError if a flag of a checkpoint is none that the command line could have given."""
+    for action in parser._actions:
+        if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
+            continue
+        value = inherited[action.dest]
+        try:
+            values = value if action.nargs in ("+", 3) and value is not None else [value]
+            fine = value in (None, action.default) or all(
+                one == (action.type or str)(str(one)) and (not action.choices or one in action.choices)
+                for one in values
+            )
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            fine = False
+        if not fine:
+            raise UserError(f"--resume: {path} has been altered: its --{action.dest} is {value!r}")
+
+
 def is_inside(path, folder):
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
@@ -260,7 +291,7 @@ def check_resume_flags(args, checkpoint):
         raise UserError("--demo: a run is resumed with its own data; leave out --demo")
     args.demo = False  # the data are drawn
     for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
-        if getattr(args, name) != checkpoint["args"][name]:
+        if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
             raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")
 
 
@@ -460,7 +491,11 @@ class Progress:
 
 
 def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, position):
-    """position: in the epoch after `progress.epoch`, of `RunningFigures.position`; None between two epochs."""
+    """position: in the epoch after `progress.epoch`, of `RunningFigures.position`; None between two epochs.
+
+    Raises UserError if the training has diverged: the checkpoint before is better.
+    """
+    engine.check_weights()
     return {
         "epoch": progress.epoch,
         "position": position,
@@ -471,7 +506,7 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, po
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,
         "best_epoch": progress.best_epoch,
-        "history": progress.history,
+        "history": list(progress.history),
         "classes": parts["train"].classes,
         "samples_per_cls": samples_per_cls.tolist(),
         "args": vars(args),
@@ -488,21 +523,26 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     Flags given anew win.
     """
     position = checkpoint["position"]
-    if position and any(getattr(args, name) != checkpoint["args"][name] for name in ORDER_FLAGS):
+    if position and any(getattr(args, name) != checkpoint["args"].get(name) for name in ORDER_FLAGS):
         print(f"epoch {checkpoint['epoch'] + 1} begins again: its images come in another order now")
         position = None
-    engine.model.load_state_dict(checkpoint["model_state_dict"])
-    engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-    if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
-        engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    try:
+        engine.model.load_state_dict(checkpoint["model_state_dict"])
+        engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
+            engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        torch.set_rng_state(checkpoint["rng_state"]["cpu"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: {args.resume} does not fit this network: {str(error).splitlines()[0]}") from error
+    where = f", after {position['images']} of its images" if position else ""
+    print(f"going on with epoch {checkpoint['epoch'] + 1}{where}")
     steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
     engine.scheduler.last_epoch = (checkpoint["epoch"] + 1) * steps_per_epoch + steps  # in steps, as it is stepped
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
         group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
-    torch.set_rng_state(checkpoint["rng_state"]["cpu"])
     if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
     best_metric, best_epoch = settle_best_model(checkpoint, args.resume, run_dir)
@@ -593,6 +633,8 @@ def train(args, checkpoint, device, run_dir, signals):
     steps_per_epoch = math.ceil(len(train_loader) / args.grad_accum)
     add_optimizer(engine, args, steps_per_epoch)
     progress, position = Progress(), None
+    if args.auto_resume and checkpoint and Path(args.resume).name == PREVIOUS:
+        set_damaged_aside(run_dir)
     if checkpoint:
         progress, position = restore(engine, checkpoint, args, steps_per_epoch, run_dir)
     elif state_dict:
@@ -613,8 +655,8 @@ def train(args, checkpoint, device, run_dir, signals):
                 row = train_and_validate(engine, train_loader, val_loader, figures, args, keeper)
                 improved = progress.add_epoch(row, args.best_metric)
                 print_epoch(row, args.epochs, improved)
-                run.log_epoch(row, progress)
                 keeper.end_epoch(improved)
+                run.log_epoch(row, progress)  # what is logged is saved: no epoch has to be logged twice
             keeper.finish()
 
         best = load_checkpoint(run_dir / BEST)
@@ -666,25 +708,23 @@ def evaluate_only(args, checkpoint, device, run_dir):
     print_results(results, checkpoint["epoch"], run_dir)
 
 
-def how_to_go_on(args, started):
-    """What to say behind "stopped". args: None if they were not parsed yet; started: time.time() of the start."""
+def how_to_go_on(args, argv, signals):
+    """What to say behind "stopped". args: None if they were not parsed yet."""
     if args is None or args.eval_only:
         return ""
     if args.auto_resume:
         return "; go on with the same command"
-    newest = Path(args.run_dir, LAST)
-    if not newest.exists() or newest.stat().st_mtime < started:
-        newest = args.resume  # this run has saved nothing yet
-    if not newest:
-        return "; nothing was trained yet"
+    if not signals.saved:
+        again = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
+        return f"; go on with: {again}" if args.resume else "; nothing was saved yet"
     outside = [name for name in WRITTEN_TO if getattr(args, name) and not is_inside(getattr(args, name), args.run_dir)]
     flags = [word for name in outside for word in (f"--{name}", getattr(args, name))]
-    return f"; go on with: {shlex.join(['python', 'main.py', '--resume', str(newest), *flags])}"
+    return f"; go on with: {shlex.join(['python', 'main.py', '--resume', str(Path(args.run_dir, LAST)), *flags])}"
 
 
 def run(argv, signals):
     """What the command line asks for. -> exit status."""
-    args, started = None, time.time()
+    args = None
     try:
         with run_folder(first_look(argv)) as run_dir:
             args, checkpoint = parse_args(argv, run_dir)
@@ -706,7 +746,7 @@ def run(argv, signals):
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"stopped{how_to_go_on(args, started)}", file=sys.stderr)
+        print(f"stopped{how_to_go_on(args, argv, signals)}", file=sys.stderr)
         return stop.status
     return 0
 
@@ -717,10 +757,13 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # a container may have fewer than the machine
-    with Signals() as signals:
+    with Signals() as signals, redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
         return run(argv, signals)
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    sys.exit(main())
+    status = main()
+    with suppress(OSError):  # what no log takes any more is no error of the run's
+        sys.stdout.flush()
+    sys.exit(status)

@@ -1,5 +1,6 @@
 """The classifier, and writing and reading its checkpoints."""
 
+import errno
 import io
 import zipfile
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import resnet_custom
-from files import UserError, atomic_write
+from files import Damaged, UserError, atomic_write
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,11 +116,25 @@ def load_checkpoint(path, flag="--resume"):
     Raises UserError if it is not whole, not as it was written, or not ours.
     """
     checkpoint = _load_file(path, flag)
-    keys = checkpoint if isinstance(checkpoint, dict) else {}
-    for key, kind in CHECKPOINT_TYPES.items():
-        if key not in keys or not isinstance(checkpoint[key], kind):
-            raise UserError(f"{flag}: {path} is not a checkpoint of this project (its {key!r} is missing or wrong)")
+    wrong = _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {})
+    if wrong:
+        raise UserError(f"{flag}: {path} is not a checkpoint of this project (its {wrong!r} is missing or wrong)")
     return checkpoint
+
+
+def _first_wrong_key(checkpoint):
+    for key, kind in CHECKPOINT_TYPES.items():
+        if key not in checkpoint or not isinstance(checkpoint[key], kind):
+            return key
+    if not all(isinstance(name, str) for name in checkpoint["classes"]):
+        return "classes"
+    if not {"cpu", "cuda"} <= checkpoint["rng_state"].keys():
+        return "rng_state"
+    for part in ("train", "val", "test"):
+        paths, sizes = (checkpoint[key].get(part) for key in ("splits", "file_sizes"))
+        if not isinstance(paths, list) or not isinstance(sizes, torch.Tensor) or len(paths) != len(sizes):
+            return "splits"
+    return None
 
 
 def _load_file(path, flag):
@@ -127,11 +142,14 @@ def _load_file(path, flag):
         changed = zipfile.is_zipfile(path) and _first_changed_record(path)
         content = None if changed else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
+        kind = Damaged if error.errno == errno.EIO else UserError
+        raise kind(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the reader of pickles raises nearly anything on a file that is none
-        raise UserError(f"{flag}: {path} is damaged, cut short, or not a file of PyTorch weights") from error
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{flag}: there is too little memory to read {path}") from error
+        raise Damaged(f"{flag}: {path} is damaged, cut short, or not a file of PyTorch weights") from error
     if changed:
-        raise UserError(f"{flag}: {path} is damaged: {changed} in it is not what was written")
+        raise Damaged(f"{flag}: {path} is damaged: {changed} in it is not what was written")
     return content
 
 

@@ -5,41 +5,42 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from files import UserError, write_history
+from files import Damaged, UserError, write_history
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint
 
 LAST, PREVIOUS, BEST, DAMAGED = "last_model.pth", "previous_model.pth", "best_model.pth", "damaged_model.pth"
-SAME_IN_A_RUN = ("classes", "samples_per_cls", "best_metric_name")  # through all its checkpoints
 RETRY_SECONDS = 60  # after a disk has refused a checkpoint
+SECOND_SIGNAL_S = 1  # what comes sooner is the same signal by another way, of a queue and of the process group
 
 
 # --------------------------------------------------------------------------------------------------------- signals
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM (as a queue sends it before it takes the machine away) ended the run."""
+    """SIGINT (Ctrl-C), SIGTERM (of a queue that takes the machine away) or SIGHUP (a lost terminal) ended the run."""
 
     def __init__(self, number):
         super().__init__(number)
-        self.status = 128 + number  # the exit status that shells know: 130, 143
+        self.status = 128 + number  # the exit status that shells know: 130, 143, 129
 
 
 class Signals:
-    """A context in which SIGINT and SIGTERM raise `Stopped`; within `deferred`, when `raise_if_stopped` is called.
+    """A context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`; within `deferred`, at the next `raise_if_stopped`.
 
     A second one ends the process at once. SIGUSR1, with which queues warn, sets `save_wanted`. What was ignored when
-    the process began (SIGINT under nohup) stays ignored.
+    the process began (SIGINT in the background, SIGHUP under nohup) stays ignored.
     """
 
     def __init__(self):
-        self.save_wanted = False
-        self._stopped_by, self._deferred = None, False
+        self.save_wanted, self.saved = False, False  # saved: by this process, so that it can be gone on with from there
+        self._stopped_by, self._stopped_at, self._deferred = None, 0.0, False
 
     def __enter__(self):
-        handlers = {"SIGINT": self._on_stop, "SIGTERM": self._on_stop, "SIGUSR1": self._on_save}
+        stops = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), self._on_stop)
+        handlers = {**stops, "SIGUSR1": self._on_save}
         handlers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
         self._former = {
             number: signal.signal(number, handler)
@@ -54,11 +55,15 @@ class Signals:
 
     def _on_stop(self, number, frame):
         if self._stopped_by:
-            os._exit(128 + number)
-        self._stopped_by = number
+            if time.monotonic() - self._stopped_at > SECOND_SIGNAL_S:
+                os._exit(128 + number)
+            return
+        self._stopped_by, self._stopped_at = number, time.monotonic()
         if not self._deferred:
             raise Stopped(number)
-        os.write(1, b"stopping after this step; a second signal ends the process at once\n")  # print may be at work
+        with suppress(OSError):  # to where nobody reads any more, as tee ends of the same Ctrl-C
+            # not by print, which may be at work when the signal comes
+            os.write(1, b"stopping after this step; a second signal ends the process at once\n")
 
     def _on_save(self, number, frame):
         self.save_wanted = True
@@ -150,7 +155,7 @@ class Keeper:
             if not is_best:
                 self._write_best()
             save_checkpoint(self.run_dir / LAST, content, former=PREVIOUS)
-            self._unsaved = None
+            self._unsaved, self._signals.saved = None, True
         self._write_best()  # that of this epoch after the last model, from which it can be mended
 
     def _write_best(self):
@@ -177,12 +182,11 @@ def checkpoint_to_go_on_with(run_dir):
             continue
         try:
             checkpoint = load_checkpoint(path, "--auto_resume")
-        except UserError as error:
+        except Damaged as error:
             errors.append(str(error))
             continue
         if errors:
             print(f"warning: {errors[0]}; it is kept as {DAMAGED}, going on with {path.name}", file=sys.stderr)
-            os.replace(Path(run_dir, LAST), Path(run_dir, DAMAGED))
         return path, checkpoint
     if errors:
         raise UserError(f"{'; '.join(errors)}; to start again from nothing, take {run_dir} away")
@@ -191,31 +195,42 @@ def checkpoint_to_go_on_with(run_dir):
     return None
 
 
+def set_damaged_aside(run_dir):
+    """Keep a damaged last checkpoint under another name: the next save would put it in the place of the one before."""
+    with suppress(FileNotFoundError):
+        os.replace(Path(run_dir, LAST), Path(run_dir, DAMAGED))
+
+
 def settle_best_model(checkpoint, path, run_dir):
-    """-> (metric, epoch) of the best model before `checkpoint`, whose best_model.pth is as it should be after this.
+    """-> (metric, epoch) of the best model so far, whose best_model.pth is as it should be after this.
 
     A crash can have left that file one epoch behind the checkpoint of `path`, which then mends it; or ahead of it, if
-    it is an older one that the run goes on with: the model stays, as these epochs will come again.
+    it is an older one that the run goes on with: then the model stays, as those epochs will come again.
     Raises UserError if the file is damaged or of another run.
     """
     so_far, best_path = (checkpoint["best_metric"], checkpoint["best_epoch"]), Path(run_dir, BEST)
-    if checkpoint["position"] is None and checkpoint["epoch"] == checkpoint["best_epoch"]:
-        if Path(path).name != BEST:
-            save_checkpoint(best_path, checkpoint_bytes(checkpoint))
+    is_best_itself = checkpoint["position"] is None and checkpoint["epoch"] == checkpoint["best_epoch"]
+    best, damage = None, None
+    if best_path.exists():
+        try:
+            best = load_checkpoint(best_path)
+        except Damaged as error:
+            damage = error
+    if best and best["classes"] == checkpoint["classes"]:
+        found = best["best_metric"], best["best_epoch"]
+        same_past = best["history"][: len(checkpoint["history"])] == checkpoint["history"]
+        if found == so_far or (best["epoch"] > checkpoint["best_epoch"] and same_past):
+            return found
+    if is_best_itself:
+        save_checkpoint(best_path, checkpoint_bytes(checkpoint))
         return so_far
-    if not best_path.exists():
-        if checkpoint["best_epoch"] >= 0:
-            print(f"warning: {best_path} is not there; the best of the epochs to come is kept", file=sys.stderr)
-        return -math.inf, -1
-    try:
-        best = load_checkpoint(best_path)
-    except UserError as error:
-        raise UserError(f"{error}; put it back, or remove it, and the best of the epochs to come is kept") from error
-    if (best["best_metric"], best["best_epoch"]) == so_far and best["classes"] == checkpoint["classes"]:
-        return so_far
-    if best["epoch"] > checkpoint["epoch"] and all(best[key] == checkpoint[key] for key in SAME_IN_A_RUN):
-        return best["best_metric"], best["best_epoch"]
-    raise UserError(
-        f"--resume: {best_path} is not the best model of {path} (of epoch {best['epoch']}, not "
-        f"{checkpoint['best_epoch']}); put the right one beside it"
-    )
+    if damage:
+        raise UserError(f"{damage}; put it back, or remove it, and the best of the epochs to come is kept")
+    if best:
+        raise UserError(
+            f"--resume: {best_path} is not the best model of {path} (of epoch {best['epoch']}, not "
+            f"{checkpoint['best_epoch']}); put the right one beside it"
+        )
+    if checkpoint["best_epoch"] >= 0:
+        print(f"warning: {best_path} is not there; the best of the epochs to come is kept", file=sys.stderr)
+    return -math.inf, -1

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -88,11 +89,23 @@ class Run:
             wandb.teardown()  # else the id of the run that did not start counts as taken
             return None, _first_line(error)
 
+    @contextmanager
+    def _never_stopping_the_training(self):
+        """What goes wrong with W&B now, as when its process is killed, is said once, and the run goes on without."""
+        try:
+            yield
+        except Exception as error:  # of sockets, of the client, of its server
+            print(f"warning: W&B has failed ({_first_line(error) or type(error).__name__}); going on without it")
+            self._run = None
+            with suppress(Exception):  # else the client would complain again when Python ends
+                self._wandb.teardown()
+
     def log_epoch(self, row, progress):
         """row: the epoch's row of `history.csv`."""
         if self._run:
-            self._run.log({**row, "best_epoch": progress.best_epoch, "best_metric": progress.best_metric})
-            self._summarise_best_epoch(progress)
+            with self._never_stopping_the_training():
+                self._run.log({**row, "best_epoch": progress.best_epoch, "best_metric": progress.best_metric})
+                self._summarise_best_epoch(progress)
 
     def _summarise_best_epoch(self, progress):
         """The best epoch's figures, not the last one's, are what a sweep compares, also of a trial that is stopped."""
@@ -104,8 +117,11 @@ class Run:
 
         targets: (N,), probabilities: (N, C) of the test set.
         """
-        if not self._run:
-            return
+        if self._run:
+            with self._never_stopping_the_training():
+                self._log_results(progress, results, targets, probabilities)
+
+    def _log_results(self, progress, results, targets, probabilities):
         predictions = np.argmax(probabilities, axis=1)
         chart = self._wandb.plot.confusion_matrix(
             y_true=targets.tolist(),
@@ -123,7 +139,8 @@ class Run:
 
     def __exit__(self, error_type, error, traceback):
         if self._run:
-            self._run.finish(exit_code=0 if error_type is None else 1)
+            with self._never_stopping_the_training():
+                self._run.finish(exit_code=0 if error_type is None else 1)
 
 
 def default_mode():
@@ -136,4 +153,4 @@ def default_mode():
 
 
 def _first_line(error):
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().partition("\n")[0]

@@ -250,3 +250,12 @@ def test_amp_names_and_the_choice_for_this_machine():
     assert [resolve_amp(name, CPU) for name in ("off", "bf16", "fp16")] == [None, torch.bfloat16, torch.float16]
     assert resolve_amp("auto", CPU) in (None, torch.bfloat16)
     assert resolve_amp("auto", torch.device("meta")) is None
+
+
+def test_weights_that_a_step_has_spoilt_are_noticed():
+    engine = make_engine()
+    engine.check_weights()
+    with torch.no_grad():
+        engine.model.layers[0].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(UserError, match="the weights are not finite"):
+        engine.check_weights()

@@ -1,4 +1,5 @@
 import csv
+import os
 import time
 
 import numpy as np
@@ -85,3 +86,14 @@ def test_a_new_folder_goes_again_with_its_parents_when_it_stays_empty(tmp_path):
                 (folder / "last_model.pth").touch()
             raise KeyboardInterrupt
         assert (tmp_path / "a").exists() is leaves_something
+
+
+def test_the_former_file_is_kept_under_another_name_also_where_both_were_one(tmp_path):
+    path, former = tmp_path / "last.pth", tmp_path / "previous.pth"
+    path.write_text("1")
+    os.link(path, former)
+    for text, kept in (("2", "1"), ("3", "2")):
+        with atomic_write(path, former="previous.pth") as file:
+            file.write(text)
+        assert (path.read_text(), former.read_text()) == (text, kept)
+        assert sorted(tmp_path.iterdir()) == [path, former]

@@ -20,7 +20,13 @@ from model import (
 def checkpoint_with(**content):
     """A checkpoint with what is given, and what is empty of its kind."""
     kinds = {key: kind[0] if isinstance(kind, tuple) else kind for key, kind in CHECKPOINT_TYPES.items()}
-    return {**{key: kind() for key, kind in kinds.items()}, **content}
+    parts = ("train", "val", "test")
+    nested = {
+        "rng_state": {"cpu": torch.get_rng_state(), "cuda": []},
+        "splits": {part: [] for part in parts},
+        "file_sizes": {part: torch.zeros(0) for part in parts},
+    }
+    return {**{key: kind() for key, kind in kinds.items()}, **nested, **content}
 
 
 def save(path, **content):
@@ -81,9 +87,14 @@ def test_dropout_acts_in_training_only():
 
 
 def test_checkpoint_comes_back_as_it_was_written(tmp_path):
-    checkpoint = checkpoint_with(epoch=3, classes=["0", "주름"], splits={"train": ["a b.jpg"]}, best_metric=0.5)
+    splits = {"train": ["a b.jpg"], "val": [], "test": []}
+    sizes = {part: torch.full((len(paths),), 7) for part, paths in splits.items()}
+    checkpoint = checkpoint_with(epoch=3, classes=["0", "주름"], splits=splits, file_sizes=sizes, best_metric=0.5)
     save_checkpoint(tmp_path / "last.pth", checkpoint_bytes(checkpoint))
-    assert load_checkpoint(tmp_path / "last.pth") == checkpoint
+    again = load_checkpoint(tmp_path / "last.pth")
+    assert again["file_sizes"]["train"].tolist() == [7]
+    torch.testing.assert_close(again.pop("rng_state")["cpu"], checkpoint.pop("rng_state")["cpu"])
+    assert {**again, "file_sizes": None} == {**checkpoint, "file_sizes": None}
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,21 @@ def test_the_summary_has_the_best_epochs_figures_at_any_time(tmp_path):
         summary = dict(run._run.summary)
     assert summary["val_balanced_acc"] == 0.7 and summary["train_loss"] == 0.35
     assert summary["epoch"] == 2 and summary["best_epoch"] == 1
+
+
+def test_a_wandb_process_that_is_killed_stops_no_training(tmp_path, capsys):
+    args = main.build_parser().parse_args(["--wandb_mode", "offline"])
+    progress = main.Progress()
+    with tracking.Run(args, tmp_path, None, {"0": 3, "1": 2}) as run:
+        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+        for epoch in range(3):
+            row = dict.fromkeys(HISTORY_COLUMNS, 0.5) | {"epoch": epoch}
+            progress.add_epoch(row, "val_balanced_acc")
+            run.log_epoch(row, progress)
+            time.sleep(0.2)
+    assert capsys.readouterr().out.count("warning: W&B has failed") == 1
 
 
 @pytest.mark.parametrize("name, value", [("WANDB_MODE", "shared"), ("WANDB_BASE_URL", "127.0.0.1:9")])
