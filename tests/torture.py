@@ -250,7 +250,8 @@ def bits_of_the_last_model_flipped(training):
 
 
 def other_files_damaged(training):
-    for name in (PREVIOUS, "history.csv", "splits.json", "args.json"):
+    last_is_whole = checkpoint_to_go_on_with(training.folder)[0].name == LAST  # a fault before may have damaged it
+    for name in [PREVIOUS] * last_is_whole + ["history.csv", "splits.json", "args.json"]:
         damage(training, name, training.generator.choice(["cut", "flip"]))
     (training.folder / f".{LAST}.1.tmp").write_bytes(b"half")
     terminated(training)
