@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -53,7 +54,7 @@ from files import (
     write_predictions,
 )
 from image_cache import ImageCache, default_cache_dir, limit_image_size
-from metrics import full_metrics, summary_metrics
+from metrics import full_metrics, recalls, summary_metrics
 from model import Model, backbone_state_dict, load_checkpoint, read_weights
 from resnet_custom import imagenet_state_dict
 from resuming import (
@@ -214,6 +215,9 @@ def add_wandb_flags(group):
         help="[online; goes on offline by itself]",
     )
     add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [the run's folder]")
+    images = {"type": number(int, low=0), "default": 0, "metavar": "N"}
+    add("--wandb_images", **images, help="upload the N worst mistakes of the test, with their photographs [0]")
+    add_switch(group, "wandb_artifact", False, "upload the best checkpoint")
 
 
 def first_look(argv):
@@ -223,6 +227,9 @@ def first_look(argv):
         raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
     if first.auto_resume and not first.run_dir:
         raise UserError("--auto_resume: name the run's folder with --run_dir DIR")
+    if "WANDB_SWEEP_ID" in os.environ and not (first.run_dir or first.resume):
+        # a sweep's trial: a folder of its own, in which it goes on when it is handed out again after preemption
+        first.run_dir, first.auto_resume = f"{first.output_dir}_{os.environ['WANDB_RUN_ID']}", True
     if first.auto_resume and first.resume:
         raise UserError("--auto_resume: finds the checkpoint in --run_dir by itself; leave out --resume")
     return first
@@ -250,6 +257,7 @@ def parse_args(argv, run_dir):
         parser.set_defaults(**DEMO_DEFAULTS)
     args = parser.parse_args(argv)
     args.resume, args.run_dir = first.resume and str(first.resume), str(run_dir)
+    args.auto_resume = first.auto_resume
     for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
@@ -561,6 +569,7 @@ def train_and_validate(engine, train_loader, val_loader, figures, args, keeper):
     name = f"validation (epoch {figures.epoch})"
     val_loss, probabilities, targets = engine.evaluate(val_loader, name, after_batch=visit)
     val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}
+    val["val_recall"] = recalls(targets, probabilities, val_loader.dataset.index.classes)
     seconds = figures.seconds + time.perf_counter() - started
     return {"epoch": figures.epoch, **row, "val_loss": val_loss, **val, "seconds": seconds}
 
@@ -579,19 +588,18 @@ def print_epoch(row, epochs, improved):
 def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     """Evaluate the checkpoint's model, which `engine` has, on each part; write predictions and the confusion matrix.
 
-    -> (results, {part: (targets, probabilities)}).
+    -> (results, {part: probabilities (N, C)}).
     """
     classes = parts["test"].classes
-    results, answers = {"best_epoch": checkpoint["best_epoch"]}, {}
+    results, probabilities = {"best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
-        loss, probabilities, targets = engine.evaluate(loader_for(index, args, engine.device), part)
-        answers[part] = targets, probabilities
-        results[part] = {"loss": loss, **full_metrics(targets, probabilities, classes)}
-        write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities, classes)
+        loss, probabilities[part], targets = engine.evaluate(loader_for(index, args, engine.device), part)
+        results[part] = {"loss": loss, **full_metrics(targets, probabilities[part], classes)}
+        write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities[part], classes)
     results |= {"classes": classes, "samples_per_cls": checkpoint["samples_per_cls"]}
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
-    return results, answers
+    return results, probabilities
 
 
 def print_results(results, epoch, run_dir):
@@ -648,6 +656,7 @@ def train(args, checkpoint, device, run_dir, signals):
     with tracking.Run(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as run:
         state = functools.partial(make_checkpoint, engine, progress, args, parts, samples_per_cls, run.id)
         keeper = Keeper(run_dir, state, signals, args.save_every, args.save_minutes)
+        run.catch_up(progress)
         with signals.deferred():
             for epoch in range(progress.epoch + 1, args.epochs):
                 figures = RunningFigures(epoch, engine.device, position)
@@ -662,10 +671,10 @@ def train(args, checkpoint, device, run_dir, signals):
         best = load_checkpoint(run_dir / BEST)
         engine.model.load_state_dict(best["model_state_dict"])
         evaluated = {part: parts[part] for part in ("val", "test")}
-        results, answers = evaluate_parts(engine, evaluated, args, run_dir, best)
+        results, probabilities = evaluate_parts(engine, evaluated, args, run_dir, best)
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
         report.write_report(run_dir, vars(args), results)
-        run.log_results(progress, results, *answers["test"])
+        run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
     write_json(
         run_dir / "results.json", {**results, "epochs": progress.epoch + 1}
     )  # the last file: the run is finished
@@ -747,6 +756,10 @@ def run(argv, signals):
         return 2
     except Stopped as stop:
         print(f"stopped{how_to_go_on(args, argv, signals)}", file=sys.stderr)
+        if "WANDB_SWEEP_ID" in os.environ:
+            # wandb agent takes an exit status for a failure, and gives up after some; death by a signal it does not
+            signal.signal(stop.number, signal.SIG_DFL)
+            signal.raise_signal(stop.number)
         return stop.status
     return 0
 
@@ -764,6 +777,8 @@ def main(argv=None):
 if __name__ == "__main__":
     keep_freed_memory()
     status = main()
+    for late in (signal.SIGINT, signal.SIGTERM):  # all is saved and said: what comes now must not change the status
+        signal.signal(late, signal.SIG_IGN)
     with suppress(OSError):  # what no log takes any more is no error of the run's
         sys.stdout.flush()
     sys.exit(status)

@@ -5,6 +5,7 @@ from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
     f1_score,
+    precision_recall_curve,
     precision_recall_fscore_support,
     recall_score,
 )
@@ -40,3 +41,24 @@ def full_metrics(targets, probabilities, classes):
         },
         "confusion_matrix": confusion_matrix(targets, predictions, labels=labels).tolist(),
     }
+
+
+def recalls(targets, probabilities, classes):
+    """-> {class: its recall, 0..1} of the classes that occur in `targets`."""
+    present = np.unique(targets)
+    values = recall_score(targets, np.argmax(probabilities, axis=1), labels=present, average=None, zero_division=0)
+    return {classes[i]: float(value) for i, value in zip(present, values, strict=True)}
+
+
+def precision_recall_points(targets, probabilities, classes, points=51):
+    """One-against-all curves of the classes that occur. -> [(class, recall, precision)], `points` of each.
+
+    Precision at a recall is the best one at this recall or more.
+    """
+    at = np.linspace(0, 1, points)
+    rows = []
+    for i in np.unique(targets):
+        precision, recall, _ = precision_recall_curve(targets == i, probabilities[:, i])
+        best = np.maximum.accumulate(precision)[np.searchsorted(-recall, -at, side="right") - 1]
+        rows += [(classes[i], float(x), float(y)) for x, y in zip(at, best, strict=True)]
+    return rows

@@ -24,6 +24,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number):
         super().__init__(number)
+        self.number = number
         self.status = 128 + number  # the exit status that shells know: 130, 143, 129
 
 

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.models.resnet import Bottleneck, ResNet
+from thin_main import thin_resnet50
 
 import main
 import resnet_custom
@@ -55,13 +55,6 @@ def write_checkpoint(path, checkpoint):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     return write_class_folders(tmp_path_factory.mktemp("data"))
-
-
-def thin_resnet50():
-    """A ResNet with one block a stage, and thin: a fortieth of the work, and checkpoints of 40 MB instead of 280."""
-    network = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8)
-    network.layer4[0].conv2.stride = network.layer4[0].downsample[0].stride = (1, 1)
-    return network
 
 
 @pytest.fixture

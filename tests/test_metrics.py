@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from metrics import full_metrics, summary_metrics
+from metrics import full_metrics, precision_recall_points, recalls, summary_metrics
 
 
 def one_hot(predictions, classes):
@@ -52,3 +52,17 @@ def test_per_class_figures_and_confusion_matrix(answers):
         assert row["support"] == (targets == c).sum() == matrix[c].sum()
         assert row["recall"] == pytest.approx(matrix[c, c] / matrix[c].sum())
         assert row["precision"] == pytest.approx(matrix[c, c] / matrix[:, c].sum())
+
+
+def test_precision_at_a_recall_is_the_best_at_this_recall_or_more():
+    targets = np.array([1, 0, 1, 0, 1, 0])
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.1])  # precision 1 at recall 1/3, 2/3 at 2/3, 3/5 at 1
+    rows = precision_recall_points(targets, np.column_stack([1 - scores, scores]), ["low", "high"], points=4)
+    curve = [(recall, precision) for name, recall, precision in rows if name == "high"]
+    assert curve == [pytest.approx(p) for p in [(0, 1), (1 / 3, 1), (2 / 3, 2 / 3), (1, 3 / 5)]]
+    assert len(rows) == 8
+
+
+def test_recall_a_class_is_of_those_that_occur():
+    probabilities = np.eye(3)[[0, 0, 2, 2]]
+    assert recalls(np.array([0, 2, 2, 2]), probabilities, ["a", "b", "c"]) == {"a": 1.0, "c": pytest.approx(2 / 3)}

@@ -1,7 +1,9 @@
 """With the real W&B client, offline or against an address where nothing listens."""
 
+import csv
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY_FLAGS
+from wandb_server import WandbServer
 
 import main
 import tracking
@@ -21,14 +24,116 @@ ROOT = Path(main.__file__).parent
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
 
 
-def run_main(*flags, cwd, **environment):
-    """main.py as a process without terminal. -> CompletedProcess."""
+def start(*flags, cwd, **environment):
+    """main.py with the thin network as a process without terminal. -> Popen."""
     env = {**os.environ, "NETRC": str(cwd / "netrc"), "WANDB_CONFIG_DIR": str(cwd / "wandb_config"), **environment}
     env = {name: value for name, value in env.items() if value is not None}
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
-    return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240
-    )
+    command = [sys.executable, str(ROOT / "tests" / "thin_main.py"), *map(str, flags)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+
+
+def run_main(*flags, cwd, **environment):
+    """-> CompletedProcess."""
+    process = start(*flags, cwd=cwd, **environment)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def server():
+    with WandbServer() as server:
+        yield server
+
+
+def epochs(run):
+    return [row["epoch"] for row in run.history if "val_loss" in row]
+
+
+def test_a_run_resumed_by_its_id_goes_on_as_one_line(tmp_path, data_dir, server):
+    run_dir, env = tmp_path / "run", {"cwd": tmp_path, **server.environment}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 3, "--run_dir", run_dir, "--wandb_project", "skin"]
+    done = run_main(*flags, "--wandb_images", 3, "--wandb_artifact", **env)
+    assert done.returncode == 0 and "W&B has failed" not in done.stdout, done.stderr
+    ((run_id, run),) = server.runs.items()
+    assert f"/lab/skin/runs/{run_id}" in done.stdout and run.state == "finished" and epochs(run) == [0, 1, 2]
+    assert {"val_recall/0", "val_recall/2", "val_recall/10", "images_per_second"} <= run.history[0].keys()
+    assert run.config["learning_rate"]["value"] == 1e-3 and run.config["samples_per_cls"]["value"]["10"] == 3
+    with open(run_dir / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = max(rows, key=lambda row: float(row["val_balanced_acc"]))
+    assert run.summary["val_balanced_acc"] == pytest.approx(float(best["val_balanced_acc"]))
+    assert run.summary["best_epoch"] == int(best["epoch"]) and "test_macro_f1" in run.summary
+    charts = json.dumps([row for row in run.history if "val_loss" not in row])
+    assert "confusion_matrix" in charts and "pr_curves" in charts and "test_worst_mistakes" in charts
+    (model,) = (artifact for artifact in server.artifacts.values() if artifact["artifactTypeName"] == "model")
+    assert model["files"]["best_model.pth"] == (run_dir / "best_model.pth").read_bytes()
+
+    again = ["--resume", run_dir / "best_model.pth", "--wandb_id", run_id, "--wandb_resume"]
+    done = run_main(*again, "allow", "--epochs", 4, **env)
+    assert done.returncode == 0, done.stderr
+    assert list(server.runs) == [run_id] and run.starts == 2
+    best_epoch = int(best["epoch"])
+    assert epochs(run) == [0, 1, 2, *range(best_epoch + 1, 4)]
+    assert run.summary["best_metric"] >= float(best["val_balanced_acc"])
+    done = run_main("--resume", run_dir / "last_model.pth", "--wandb_resume", "must", "--epochs", 5, **env)
+    assert done.returncode == 0 and run.starts == 3 and epochs(run)[-2:] == [3, 4]  # by the checkpoint's id
+    done = run_main(*again, "must", "--wandb_id", "nowhere", "--epochs", 6, **env)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: --wandb_id") and "nowhere" in line and "does not exist" in line
+
+
+def test_epochs_that_were_saved_but_not_logged_are_logged_later(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 2, "--run_dir", tmp_path / "run"]
+    assert run_main(*flags, **env).returncode == 0
+    (run,) = server.runs.values()
+    del run.lines["wandb-history.jsonl"][1:]  # as if the machine had lost its power behind the first epoch
+    run.summary["epoch"] = 0
+    assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3, **env).returncode == 0
+    assert epochs(run) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_server_that_is_lost_in_mid_run_stops_nothing(tmp_path, data_dir, server, fault):
+    env = {"cwd": tmp_path, **server.environment, "WANDB_FINISH_TIMEOUT": "2"}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 3, "--run_dir", tmp_path / "run"]
+    process = start(*flags, **env)
+    while "W&B: http" not in process.stdout.readline():
+        assert process.poll() is None
+    if fault == "dies":
+        server.die()
+    server.hanging = True
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert (tmp_path / "run" / "results.json").exists()
+    (line,) = [line for line in out.splitlines() if line.startswith("W&B: not all was uploaded")]
+    assert f"wandb sync {tmp_path}/run/wandb/run-" in line
+
+
+def test_offline_runs_and_their_resumes_are_synced_by_the_command_that_is_printed(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment, "WANDB_MODE": "offline"}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
+    done = run_main(*flags, **env)
+    assert done.returncode == 0, done.stderr
+    done = run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3, **env)
+    assert done.returncode == 0 and not server.runs
+    (line,) = [line for line in done.stdout.splitlines() if "wandb sync" in line]
+    command = shlex.split(line.partition("wandb login && ")[2])
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    synced = {**os.environ, **env, "WANDB_CONFIG_DIR": str(tmp_path / "wandb_config")}
+    synced = {name: value for name, value in synced.items() if name not in ("cwd", "WANDB_MODE")}
+    subprocess.run([wandb, *command[1:]], env=synced, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    (run,) = server.runs.values()
+    assert epochs(run) == [0, 1, 2] and run.state == "finished"
+
+
+def test_a_wrong_key_means_offline(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment, "WANDB_API_KEY": "b" * 40}
+    done = run_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--run_dir", tmp_path / "run", **env)
+    assert done.returncode == 0, done.stderr
+    assert "did not accept the API key" in done.stdout and "wandb sync" in done.stdout and not server.runs
 
 
 def synced_runs(folder):
@@ -41,8 +146,8 @@ def test_without_an_account_the_run_goes_on_offline_and_resumes_under_its_id(tmp
     done = run_main(*flags, cwd=tmp_path, **NO_ACCOUNT)
     assert done.returncode == 0, done.stderr
     (record,) = synced_runs(run_dir)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("W&B")]
-    assert "no API key" in line and f"wandb sync {record.parent}" in line
+    first, last = [line for line in done.stdout.splitlines() if line.startswith("W&B")]
+    assert "no API key" in first and f"wandb sync {record.parent}" in last
     again = run_main("--resume", run_dir / "last_model.pth", "--epochs", 2, cwd=tmp_path, **NO_ACCOUNT)
     assert again.returncode == 0, again.stderr
     assert {path.name for path in synced_runs(run_dir)} == {record.name}
@@ -67,7 +172,12 @@ def test_the_summary_has_the_best_epochs_figures_at_any_time(tmp_path):
     progress = main.Progress()
     with tracking.Run(args, tmp_path, None, {"0": 3, "1": 2}) as run:
         for epoch, metric in enumerate([0.3, 0.7, 0.5]):
-            row = dict.fromkeys(HISTORY_COLUMNS, metric / 2) | {"epoch": epoch, "val_balanced_acc": metric}
+            row = {
+                **dict.fromkeys(HISTORY_COLUMNS, metric / 2),
+                "epoch": epoch,
+                "val_balanced_acc": metric,
+                "val_recall": {},
+            }
             progress.add_epoch(row, "val_balanced_acc")
             run.log_epoch(row, progress)
         summary = dict(run._run.summary)
@@ -83,7 +193,7 @@ def test_a_wandb_process_that_is_killed_stops_no_training(tmp_path, capsys):
             if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(int(child), signal.SIGKILL)
         for epoch in range(3):
-            row = dict.fromkeys(HISTORY_COLUMNS, 0.5) | {"epoch": epoch}
+            row = {**dict.fromkeys(HISTORY_COLUMNS, 0.5), "epoch": epoch, "val_recall": {}}
             progress.add_epoch(row, "val_balanced_acc")
             run.log_epoch(row, progress)
             time.sleep(0.2)

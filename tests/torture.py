@@ -322,8 +322,11 @@ def mount_tmpfs(folder):
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def one_training(folder, data, whole, generator, rounds_left, note):
-    """Disturb a training until it ends. note: called with (fault, what was lost or None) after each round."""
+def one_training(folder, data, whole, generator, rounds_left, note, chosen):
+    """Disturb a training until it ends. note: called with (fault, what was lost or None) after each round.
+
+    chosen: names of the only faults that there shall be, or None.
+    """
     on_tmpfs = generator.random() < 0.5 and mount_tmpfs(folder / "small")
     place = folder / ("small" if on_tmpfs else "disk")
     shutil.rmtree(place / "run", ignore_errors=True)
@@ -332,6 +335,7 @@ def one_training(folder, data, whole, generator, rounds_left, note):
     try:
         while not training.finished and rounds_left > 0:
             possible = [fault for fault in faults if (training.folder / DAMAGES.get(fault, "")).exists()]
+            possible = [fault for fault in possible if not chosen or fault.__name__ in chosen]
             fault, lost = generator.choice(possible or [killed, terminated]), None
             try:
                 fault(training)
@@ -366,6 +370,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--folder", type=Path, default=Path("torture"), help="where it works; needs 3 GB [torture]")
+    names = sorted({fault.__name__ for fault in [*FAULTS, disk_full]})
+    parser.add_argument("--faults", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}")
     args = parser.parse_args()
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -384,7 +390,7 @@ def main():
             file.write(json.dumps(entry) + "\n")
 
     while (done := len(read_rounds(log))) < args.rounds:
-        one_training(folder, data, whole, random.Random(done), args.rounds - done, note)
+        one_training(folder, data, whole, random.Random(done), args.rounds - done, note, args.faults)
     rounds = read_rounds(log)
     print(f"\n{len(rounds)} rounds, {sum(entry['finished'] for entry in rounds)} trainings to their end")
     for fault, count in sorted(Counter(entry["fault"] for entry in rounds).items(), key=lambda item: -item[1]):

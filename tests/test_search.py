@@ -1,0 +1,274 @@
+"""The search without W&B: every distribution of a sweep's yaml, and whole searches of main.py with the thin network."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from conftest import TINY_FLAGS
+
+import main
+import search
+from files import UserError
+from sweep_config import Parameter, read_sweep
+
+ROOT = Path(main.__file__).parent
+THIN_MAIN = str(ROOT / "tests" / "thin_main.py")
+SWEEP = {
+    "program": "main.py",
+    "method": "random",
+    "metric": {"name": "val_balanced_acc", "goal": "maximize"},
+    "parameters": {"learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}},
+}
+KNOWN = {"learning_rate", "gamma", "epochs", "use_augmentation", "augmentation_methods", "image_size", "dropout_prob"}
+
+
+def write_sweep(folder, **changes):
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SWEEP, **changes}))
+    return path
+
+
+# --------------------------------------------------------------------------------------- the yaml and its distributions
+
+
+def draws(spec, count=4000):
+    """Values of a parameter, drawn by Optuna's random sampler."""
+    parameter = Parameter("p", spec)
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(sampler=sampler)
+    trial = optuna.trial.FixedTrial({})
+    drawn = (sampler.sample_independent(study, trial, "p", parameter.distribution) for _ in range(count))
+    return [parameter.value(value) for value in drawn]
+
+
+# spec -> (transform under which the values are spread evenly between low and high)
+UNIFORM = {
+    "uniform": ({"min": 2.0, "max": 4.0}, float, 2, 4),
+    "log_uniform": ({"min": -3, "max": 1}, math.log, -3, 1),
+    "log_uniform_values": ({"min": 1e-5, "max": "1e-1"}, math.log10, -5, -1),  # yaml reads 1e-1 as a text
+    "inv_log_uniform": ({"min": -3, "max": 1}, lambda x: math.log(1 / x), -3, 1),
+    "inv_log_uniform_values": ({"min": 1e-3, "max": 1e2}, math.log10, -3, 2),
+}
+
+
+@pytest.mark.parametrize("kind", UNIFORM)
+def test_continuous_distributions_are_those_of_wandb(kind):
+    spec, transform, low, high = UNIFORM[kind]
+    values = np.sort([transform(value) for value in draws({"distribution": kind, **spec})])
+    evenly = np.linspace(low, high, len(values))
+    assert np.abs(values - evenly).max() < 0.05 * (high - low)
+
+
+@pytest.mark.parametrize("kind, transform", [("normal", float), ("log_normal", math.log)])
+def test_normal_distributions_have_their_mean_and_spread(kind, transform):
+    values = [transform(value) for value in draws({"distribution": kind, "mu": 3, "sigma": 0.5})]
+    assert np.mean(values) == pytest.approx(3, abs=0.05) and np.std(values) == pytest.approx(0.5, rel=0.05)
+    assert np.mean(np.abs(np.array(values) - 3) < 0.5) == pytest.approx(0.683, abs=0.03)
+
+
+ROUNDED = {
+    "q_uniform": ({"min": 0.1, "max": 0.5, "q": 0.1}, {0.1, 0.2, 0.3, 0.4, 0.5}),
+    "q_log_uniform": ({"min": 0, "max": 2, "q": 2}, {0, 2, 4, 6, 8}),
+    "q_log_uniform_values": ({"min": 1, "max": 8, "q": 2}, {0, 2, 4, 6, 8}),
+    "q_normal": ({"mu": 0, "sigma": 0.3, "q": 1}, {-1, 0, 1}),
+    "q_log_normal": ({"mu": 0, "sigma": 0.3, "q": 1}, {0, 1, 2, 3}),
+    "int_uniform": ({"min": 3, "max": 6}, {3, 4, 5, 6}),
+    "categorical": ({"values": [0.5, "two", True]}, {0.5, "two", True}),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_and_discrete_distributions_give_multiples_and_choices(kind):
+    spec, expected = ROUNDED[kind]
+    assert set(draws({"distribution": kind, **spec})) <= expected
+    assert len(set(draws({"distribution": kind, **spec}))) >= min(3, len(expected))
+
+
+def test_choices_with_probabilities_come_as_often():
+    values = draws({"values": ["a", "b", "c"], "probabilities": [0.7, 0.3, 0.0]})
+    assert values.count("a") / len(values) == pytest.approx(0.7, abs=0.03) and "c" not in values
+
+
+def test_what_is_not_named_is_as_in_wandb():
+    assert Parameter("p", {"min": 1, "max": 3}).kind == "int_uniform"
+    assert Parameter("p", {"min": 1, "max": 3.5}).kind == "uniform"
+    assert Parameter("p", {"value": 3}).distribution is None and Parameter("p", {"value": 3}).value(None) == 3
+    lists = Parameter("p", {"values": [["rotation", "scale"], ["shear"]]})
+    assert lists.value(lists.distribution.choices[0]) == ["rotation", "scale"]
+
+
+def test_the_projects_own_sweep_is_read_whole():
+    known = {option[2:] for action in main.build_parser()._actions for option in action.option_strings}
+    config = read_sweep(ROOT / "sweep.yaml", known)
+    assert set(config.searched()) == {"learning_rate", "gamma", "dropout_prob", "beta"}
+    assert isinstance(config.sampler(0), optuna.samplers.TPESampler) and config.maximizes
+    assert isinstance(config.pruner(30), optuna.pruners.HyperbandPruner)
+    flags = config.flags({"learning_rate": 0.1, "use_augmentation": True})
+    assert flags == ["--data_dirs", "data", "--learning_rate=0.1", "--use_augmentation=True"]
+
+
+WRONG = {
+    "methods": ({"methods": "bayes"}, "methods is not known"),
+    "method": ({"method": "evolution"}, "method: evolution"),
+    "metric": ({"metric": {"name": "accuracy"}}, "metric.name: accuracy"),
+    "goal": ({"metric": {"name": "val_acc", "goal": "max"}}, "metric.goal: max"),
+    "metric key": ({"metric": {"name": "val_acc", "aim": 1}}, "metric.aim is not known"),
+    "program": ({"program": "train.py"}, "program: train.py"),
+    "flag": ({"parameters": {"learnign_rate": {"value": 1}}}, "parameters.learnign_rate: main.py has no flag"),
+    "distribution": ({"parameters": {"gamma": {"distribution": "cauchy"}}}, "parameters.gamma.distribution: cauchy"),
+    "missing": (
+        {"parameters": {"gamma": {"distribution": "uniform", "min": 1}}},
+        "parameters.gamma: uniform needs max",
+    ),
+    "extra": ({"parameters": {"gamma": {"value": 1, "q": 2}}}, "parameters.gamma: q is not known"),
+    "nested": ({"parameters": {"gamma": {"parameters": {}}}}, "parameters.gamma.parameters"),
+    "order": ({"parameters": {"gamma": {"min": 2.0, "max": 1.0}}}, "parameters.gamma: min must not be above max"),
+    "figure": ({"parameters": {"gamma": {"min": "low", "max": 1.0}}}, "parameters.gamma.min: 'low'"),
+    "stopping": ({"early_terminate": {"type": "median"}}, "early_terminate.type: median"),
+    "stopping key": ({"early_terminate": {"type": "hyperband", "min_iters": 3}}, "early_terminate.min_iters"),
+    "macro": ({"command": ["${program}", "${args_json}"]}, "command: ${args_json}"),
+    "grid": ({"method": "grid"}, "parameters.learning_rate: method grid needs"),
+    "no mapping": ({"parameters": {"gamma": 3}}, "parameters.gamma: a mapping"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_sweep_cannot_mean_is_named(name, tmp_path, capsys):
+    changes, wanted = WRONG[name]
+    path = write_sweep(tmp_path, **changes)
+    assert search.main_search([str(path), "--search_dir", str(tmp_path / "s")]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"error: {path}: ") and wanted in error
+
+
+def test_a_yaml_that_is_none_is_refused(tmp_path):
+    for content in ("a: [", "- 1", ""):
+        (tmp_path / "s.yaml").write_text(content)
+        with pytest.raises(UserError, match=r"s\.yaml"):
+            read_sweep(tmp_path / "s.yaml", KNOWN)
+    with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
+        read_sweep(tmp_path / "gone.yaml", KNOWN)
+
+
+# ------------------------------------------------------------------------------------------------------ whole searches
+
+
+@pytest.fixture(autouse=True)
+def thin_trials(monkeypatch):
+    monkeypatch.setattr(main, "__file__", THIN_MAIN)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def run_search(path, *flags, data_dir):
+    tiny = [*TINY_FLAGS[:5], "--data_dirs", str(data_dir)]
+    return search.main_search([str(path), "--search_dir", str(path.parent / "found"), *map(str, flags), *tiny])
+
+
+def rows_of(path):
+    with open(path.parent / "found" / "search.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_leaves_a_table_plots_and_the_command_of_the_best(tmp_path, data_dir, capsys):
+    parameters = {**SWEEP["parameters"], "epochs": {"value": 2}, "use_augmentation": {"value": True}}
+    path = write_sweep(tmp_path, parameters=parameters, method="bayes")
+    assert run_search(path, "--trials", 2, "--jobs", 2, data_dir=data_dir) == 0
+    rows, out = rows_of(path), capsys.readouterr().out
+    assert [row["state"] for row in rows] == ["done", "done"] and {row["epochs"] for row in rows} == {"2"}
+    best = max(rows, key=lambda row: float(row["val_balanced_acc"]))
+    (command,) = [line for line in out.splitlines() if line.startswith("in full: ")]
+    assert "--epochs" not in command and "--use_augmentation=True" in command and str(data_dir) in command
+    assert (Path(best["run_dir"]) / "best_model.pth").exists() and not list(tmp_path.rglob("last_model.pth"))
+    assert (tmp_path / "found" / "search_history.png").stat().st_size > 5000
+    assert run_search(path, "--trials", 2, data_dir=data_dir) == 0  # there is nothing left to do
+    assert rows_of(path) == rows
+    changed = write_sweep(tmp_path, parameters={"epochs": {"value": 2}})
+    assert run_search(changed, data_dir=data_dir) == 2
+    assert "is not the sweep that the study" in capsys.readouterr().err
+
+
+def test_a_trial_that_crashes_is_told_and_the_others_go_on(tmp_path, data_dir, capsys):
+    parameters = {"image_size": {"values": [16, 32]}, "epochs": {"value": 1}}
+    path = write_sweep(tmp_path, parameters=parameters, method="grid")
+    tiny = ["--data_dirs", str(data_dir), "--no-pretrained", "--batch_size", "8"]
+    assert search.main_search([str(path), "--search_dir", str(tmp_path / "found"), *tiny]) == 0
+    rows = {row["image_size"]: row for row in rows_of(path)}
+    assert rows["32"]["state"] == "done" and rows["16"]["state"] == "failed"
+    assert "--image_size: 16 is not at least 32" in rows["16"]["error"]
+
+
+def test_a_command_that_cannot_work_ends_the_search(tmp_path, capsys):
+    path = write_sweep(tmp_path)
+    assert run_search(path, "--trials", 9, data_dir=tmp_path / "gone") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "3 trials failed and none was finished" in error and f"no folder {tmp_path / 'gone'}" in error
+    assert run_search(path, "--run_dir", "x", data_dir=tmp_path) == 2
+    assert "--run_dir: the search names the folders" in capsys.readouterr().err
+
+
+def test_trials_that_do_not_promise_anything_are_stopped_early(tmp_path, data_dir):
+    parameters = {"learning_rate": {"values": [1e-3, 1e-12]}, "epochs": {"value": 40}}
+    stopping = {"type": "hyperband", "min_iter": 1, "max_iter": 1, "eta": 2}
+    metric = {"name": "val_loss", "goal": "minimize"}
+    path = write_sweep(tmp_path, parameters=parameters, method="grid", early_terminate=stopping, metric=metric)
+    assert run_search(path, data_dir=data_dir) == 0
+    rows = rows_of(path)
+    assert [row["state"] for row in rows] == ["done", "stopped early"]
+    assert int(rows[1]["epochs"]) < 40 and (Path(rows[1]["run_dir"]) / "best_model.pth").exists()
+
+
+def start_search(path, data_dir, *flags):
+    script = f"import sys, main, search; main.__file__ = {THIN_MAIN!r}; sys.exit(search.main_search())"
+    tiny = [*TINY_FLAGS[:5], "--data_dirs", str(data_dir)]
+    command = [sys.executable, "-c", script, str(path), "--search_dir", str(path.parent / "found"), *flags, *tiny]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, data_dir, number):
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 12}})
+    first = start_search(path, data_dir, "--trials", "1")
+    history = tmp_path / "found" / "trial_0000" / "history.csv"
+    deadline = time.monotonic() + 90
+    while not (history.exists() and len(history.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, number)
+    _, err = first.communicate(timeout=60)
+    if number == signal.SIGKILL:  # the trial has a process of its own, and goes on until it is killed too
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "found" / "trial_0000")], check=True)
+    else:
+        assert first.returncode == 130 and "go on with: python search.py" in err
+    done = start_search(path, data_dir, "--trials", "1")
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    (row,) = rows_of(path)
+    assert row["state"] == "done" and row["epochs"] == "12"
+    assert "going on with epoch" in (tmp_path / "found" / "trial_0000.log").read_text()
+
+
+def test_two_searches_share_a_storage(tmp_path, data_dir):
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 1}})
+    storage = f"sqlite:///{tmp_path / 'studies.db'}"
+    both = [start_search(path, data_dir, "--trials", "4", "--storage", storage) for _ in range(2)]
+    for one in both:
+        _, err = one.communicate(timeout=240)
+        assert one.returncode == 0, err
+    rows = rows_of(path)
+    assert 4 <= len(rows) <= 5 and all(row["state"] == "done" for row in rows)
+    assert len({row["learning_rate"] for row in rows}) == len(rows)
+
+
+def test_a_storage_that_cannot_be_opened_is_named(tmp_path, data_dir, capsys):
+    path = write_sweep(tmp_path)
+    assert run_search(path, "--storage", "nosuchdb://host/x", data_dir=data_dir) == 2
+    assert "--storage: nosuchdb://host/x cannot be opened" in capsys.readouterr().err
