@@ -86,8 +86,11 @@ class Search:
     def command_flags(self, values, constants_only=False):
         """{searched parameter: value} -> the flags of a trial's main.py; those of this command line win."""
         parameters = [p for p in self.config.parameters if p.distribution is None or not constants_only]
-        chosen = {p.name: p.value(values.get(p.name)) for p in parameters}
-        return [*self.config.flags(chosen), *self.main_flags]
+        flags = self.config.flags({p.name: p.value(values.get(p.name)) for p in parameters})
+        for word in self.main_flags:
+            if word.startswith("--"):
+                flags = without(flags, word.partition("=")[0])
+        return [*flags, *self.main_flags]
 
     def _open_study(self):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -297,7 +300,8 @@ class Search:
         flags = self.command_flags(best.params)
         print(f"best: {self._line(best)}")
         print(f"its model: {best.user_attrs['run_dir']}/best_model.pth")
-        print(f"in full: {shlex.join(['python', 'main.py', *without_epochs(flags)])}")
+        # the search may train for few epochs; the best setting deserves main.py's default
+        print(f"in full: {shlex.join(['python', 'main.py', *without(flags, '--epochs')])}")
         print(f"all trials: {self.folder / 'search.csv'}")
 
     def _plot(self):
@@ -334,11 +338,13 @@ def read_rows(path):
         return []
 
 
-def without_epochs(flags):
-    """The search may train for few epochs; the best setting deserves main.py's default."""
-    kept = []
-    for i, word in enumerate(flags):
-        if not (word.startswith("--epochs") or (i and flags[i - 1] == "--epochs")):
+def without(flags, name):
+    """A command line without one flag and what stands behind it."""
+    kept, is_kept = [], True
+    for word in flags:
+        if word.startswith("--"):
+            is_kept = word.partition("=")[0] != name
+        if is_kept:
             kept.append(word)
     return kept
 

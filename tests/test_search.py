@@ -159,6 +159,13 @@ def test_a_yaml_that_is_none_is_refused(tmp_path):
         read_sweep(tmp_path / "gone.yaml", KNOWN)
 
 
+def test_flags_of_the_command_line_take_the_place_of_the_yamls():
+    flags = ["--data_dirs", "a", "b", "--lr=1", "--use_augmentation", "--epochs", "3"]
+    assert search.without(flags, "--data_dirs") == ["--lr=1", "--use_augmentation", "--epochs", "3"]
+    assert search.without(flags, "--lr") == ["--data_dirs", "a", "b", "--use_augmentation", "--epochs", "3"]
+    assert search.without(flags, "--epochs") == flags[:-2]
+
+
 # ------------------------------------------------------------------------------------------------------ whole searches
 
 
