@@ -675,9 +675,8 @@ def train(args, checkpoint, device, run_dir, signals):
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
         report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
-    write_json(
-        run_dir / "results.json", {**results, "epochs": progress.epoch + 1}
-    )  # the last file: the run is finished
+    # the last file: the run is finished
+    write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})
     print_results(results, best["epoch"], run_dir)
 
 

@@ -1,13 +1,20 @@
 """Tiny class folders and one tiny finished training, shared by the tests."""
 
+import csv
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from thin_main import thin_resnet50
+from wandb_server import WandbServer
 
 import main
 import resnet_custom
@@ -18,6 +25,7 @@ CACHE_HOME = tempfile.TemporaryDirectory()  # taken away when the tests end
 os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
 # a background job ignores Ctrl-C, and so would the processes that the tests start and stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+ROOT = Path(main.__file__).parent
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 
@@ -48,6 +56,41 @@ def run_main(*flags):
     return main.main([str(flag) for flag in flags])
 
 
+def start_main(*flags, program=ROOT / "main.py", **options):
+    """main.py as a process without a terminal, with the whole ResNet-50 or as tests/thin_main.py. -> Popen."""
+    command = [sys.executable, str(program), *map(str, flags)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def wait_for(condition, seconds=150):
+    """-> what `condition` gives as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def history_but_times(run_dir):
+    times = ("seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in times} for row in read_rows(run_dir / "history.csv")]
+
+
+def same(one, other):
+    """Whether two state dicts or checkpoints are equal, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def write_checkpoint(path, checkpoint):
     save_checkpoint(path, checkpoint_bytes(checkpoint))
 
@@ -60,6 +103,12 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def thin_network(monkeypatch):
     monkeypatch.setattr(resnet_custom, "resnet50", thin_resnet50)
+
+
+@pytest.fixture
+def server():
+    with WandbServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

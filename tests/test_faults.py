@@ -1,6 +1,5 @@
 """Nothing is lost: runs stopped anywhere, full disks, damaged files, moved data, hostile files, two at once."""
 
-import csv
 import errno
 import fcntl
 import json
@@ -19,7 +18,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_COUNTS, TINY_FLAGS, run_main, write_checkpoint, write_class_folders, write_images
+from conftest import (
+    ROOT,
+    TINY_COUNTS,
+    TINY_FLAGS,
+    history_but_times,
+    run_main,
+    same,
+    start_main,
+    wait_for,
+    write_checkpoint,
+    write_class_folders,
+    write_images,
+)
 from PIL import Image
 from test_engine import make_engine
 
@@ -34,14 +45,7 @@ from model import load_checkpoint
 from resuming import BEST, DAMAGED, LAST, PREVIOUS, Keeper
 
 pytestmark = pytest.mark.usefixtures("thin_network")
-ROOT = Path(main.__file__).parent
 LONG_EPOCHS = ["--epochs", "500", "--target_samples_per_class", "2000", "--use_augmentation"]
-
-
-def history_but_times(run_dir):
-    with open(run_dir / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
 def differences(one, other):
@@ -57,14 +61,6 @@ def differences(one, other):
         different.append("history.csv")
     names = ("results.json", "val_predictions.csv", "test_predictions.csv", "splits.json")
     return different + [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()]
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.fixture
@@ -167,20 +163,6 @@ def test_another_order_begins_the_epoch_again(data_dir, tmp_path, signal_at_visi
 
 
 # --------------------------------------------------------------------------------------------------------- signals
-
-
-def start_main(*flags, **options):
-    """main.py as a process, with the whole ResNet-50. -> Popen."""
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **options)
-
-
-def wait_for(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

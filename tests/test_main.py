@@ -1,16 +1,24 @@
 """main.py end to end, on tiny images: what a run leaves, resuming, evaluating, and every kind of bad input."""
 
-import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_COUNTS, TINY_FLAGS, run_main, write_checkpoint, write_class_folders, write_images
+from conftest import (
+    TINY_COUNTS,
+    TINY_FLAGS,
+    history_but_times,
+    read_rows,
+    run_main,
+    same,
+    start_main,
+    write_checkpoint,
+    write_class_folders,
+    write_images,
+)
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import demo
@@ -23,22 +31,8 @@ ROOT = Path(main.__file__).parent
 pytestmark = pytest.mark.usefixtures("thin_network")  # the processes that are started have the whole ResNet-50
 
 
-def read_rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def history_but_times(run_dir):
-    times = ("seconds", "images_per_second")
-    return [{k: v for k, v in row.items() if k not in times} for row in read_rows(run_dir / "history.csv")]
-
-
 def weights(path):
     return load_checkpoint(path)["model_state_dict"]
-
-
-def same_weights(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ----------------------------------------------------------------------------------------------- a run's files
@@ -119,7 +113,7 @@ def test_same_seed_same_numbers_whatever_the_number_of_workers(finished_run, dat
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--num_workers", 2]
     assert run_main(*flags, "--run_dir", tmp_path / "again") == 0
     assert history_but_times(tmp_path / "again") == history_but_times(finished_run)
-    assert same_weights(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
+    assert same(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
 
 
 def test_same_numbers_with_the_cache_off(finished_run, data_dir, tmp_path, capsys):
@@ -127,7 +121,7 @@ def test_same_numbers_with_the_cache_off(finished_run, data_dir, tmp_path, capsy
     assert run_main(*flags, "--cache_dir", tmp_path / "cache", "--run_dir", tmp_path / "again") == 0
     assert "35 images are not in it" in capsys.readouterr().out and not (tmp_path / "cache").exists()
     assert history_but_times(tmp_path / "again") == history_but_times(finished_run)
-    assert same_weights(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
+    assert same(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
 
 
 def test_a_second_run_opens_no_image(data_dir, tmp_path, capsys):
@@ -168,7 +162,7 @@ def test_a_finished_run_goes_on_for_more_epochs_without_doubled_rows(copied_run,
     last = load_checkpoint(copied_run / "last_model.pth")
     assert last["epoch"] == 2 and last["args"]["learning_rate"] == 5e-4
     assert last["optimizer_state_dict"]["param_groups"][0]["weight_decay"] == 0.3
-    assert not same_weights(before, last["model_state_dict"])
+    assert not same(before, last["model_state_dict"])
     assert [row["epoch"] for row in read_rows(finished_run / "history.csv")] == ["0", "1"]
 
 
@@ -423,17 +417,10 @@ def test_a_diverging_training_stops_in_one_line_and_keeps_its_checkpoint(capsys,
     assert run_main(*flags) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: the loss is") and "epoch 2, step" in error
-    assert same_weights(weights(copied_run / "last_model.pth"), before)
+    assert same(weights(copied_run / "last_model.pth"), before)
 
 
 # ------------------------------------------------------------------------------------- as a user's shell sees it
-
-
-def start_main(*flags, **options):
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **options
-    )
 
 
 def test_without_network_and_weights_the_error_comes_before_the_data_are_read(tmp_path, data_dir):

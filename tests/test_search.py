@@ -1,26 +1,23 @@
 """The search without W&B: every distribution of a sweep's yaml, and whole searches of main.py with the thin network."""
 
-import csv
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import yaml
-from conftest import TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, read_rows, wait_for
 
 import main
 import search
 from files import UserError
 from sweep_config import Parameter, read_sweep
 
-ROOT = Path(main.__file__).parent
 THIN_MAIN = str(ROOT / "tests" / "thin_main.py")
 SWEEP = {
     "program": "main.py",
@@ -181,8 +178,7 @@ def run_search(path, *flags, data_dir):
 
 
 def rows_of(path):
-    with open(path.parent / "found" / "search.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path.parent / "found" / "search.csv")
 
 
 def test_a_search_leaves_a_table_plots_and_the_command_of_the_best(tmp_path, data_dir, capsys):
@@ -246,9 +242,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, data_dir, numb
     path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 12}})
     first = start_search(path, data_dir, "--trials", "1")
     history = tmp_path / "found" / "trial_0000" / "history.csv"
-    deadline = time.monotonic() + 90
-    while not (history.exists() and len(history.read_text().splitlines()) > 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
     os.kill(first.pid, number)
     _, err = first.communicate(timeout=60)
     if number == signal.SIGKILL:  # the trial has a process of its own, and goes on until it is killed too

@@ -9,22 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import yaml
-from conftest import TINY_FLAGS
-from wandb_server import WandbServer
+from conftest import ROOT, TINY_FLAGS, wait_for
 
-import main
 from model import load_checkpoint
 
-ROOT = Path(main.__file__).parent
 WANDB = str(Path(sys.executable).with_name("wandb"))
-
-
-@pytest.fixture
-def server():
-    with WandbServer() as server:
-        yield server
 
 
 class Sweeping:
@@ -61,25 +51,13 @@ class Sweeping:
         return self.folder / f"checkpoints_{run.name}"
 
 
-def epochs(run):
-    return [row["epoch"] for row in run.history if "val_loss" in row]
-
-
-def wait_for(condition, seconds=150):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
 def test_agents_at_once_run_the_trials_of_the_sweep(tmp_path, data_dir, server):
     sweeping = Sweeping(tmp_path, data_dir, server, epochs=2)
     agents = [sweeping.agent() for _ in range(2)]
     for agent in agents:
         agent.communicate(timeout=240)
     runs = list(server.runs.values())
-    assert len(runs) == 2 and all(run.state == "finished" and epochs(run) == [0, 1] for run in runs)
+    assert len(runs) == 2 and all(run.state == "finished" and run.epochs == [0, 1] for run in runs)
     for run in runs:
         args = json.loads((sweeping.run_dir(run) / "args.json").read_text())
         given = {name: value["value"] for name, value in sweeping.sweep.given[run.name].items()}
@@ -93,17 +71,17 @@ def test_a_trial_stopped_early_keeps_its_best_and_a_preempted_one_goes_on(tmp_pa
     sweeping = Sweeping(tmp_path, data_dir, server, epochs=400)
     agent = sweeping.agent()
     try:
-        first = wait_for(lambda: next((run for run in server.runs.values() if epochs(run)), None))
+        first = wait_for(lambda: next((run for run in server.runs.values() if run.epochs), None))
         sweeping.sweep.stop.add(first.name)
-        second = wait_for(lambda: next((run for run in server.runs.values() if run != first and epochs(run)), None))
-        assert first.state == "failed" and 0 < len(epochs(first)) < 400  # not one to hand out again
+        second = wait_for(lambda: next((run for run in server.runs.values() if run != first and run.epochs), None))
+        assert first.state == "failed" and 0 < len(first.epochs) < 400  # not one to hand out again
         assert load_checkpoint(sweeping.run_dir(first) / "best_model.pth")["best_epoch"] >= 0
         lock = (sweeping.run_dir(second) / ".lock").read_text()
         os.kill(int(re.match(r"process (\d+) on", lock)[1]), signal.SIGTERM)  # as a queue does
         wait_for(lambda: second.starts == 2)
-        seen = len(epochs(second))
-        wait_for(lambda: len(epochs(second)) > seen)
-        assert epochs(second) == list(range(len(epochs(second))))  # each once, none from anew
+        seen = len(second.epochs)
+        wait_for(lambda: len(second.epochs) > seen)
+        assert second.epochs == list(range(len(second.epochs)))  # each once, none from anew
     finally:
         agent.send_signal(signal.SIGINT)
         time.sleep(1)

@@ -1,6 +1,5 @@
 """With the real W&B client, offline or against an address where nothing listens."""
 
-import csv
 import json
 import os
 import shlex
@@ -13,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_FLAGS
-from wandb_server import WandbServer
+from conftest import ROOT, TINY_FLAGS, read_rows, start_main
 
 import main
 import tracking
 from files import HISTORY_COLUMNS
 
-ROOT = Path(main.__file__).parent
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
 
 
@@ -28,9 +25,7 @@ def start(*flags, cwd, **environment):
     """main.py with the thin network as a process without terminal. -> Popen."""
     env = {**os.environ, "NETRC": str(cwd / "netrc"), "WANDB_CONFIG_DIR": str(cwd / "wandb_config"), **environment}
     env = {name: value for name, value in env.items() if value is not None}
-    command = [sys.executable, str(ROOT / "tests" / "thin_main.py"), *map(str, flags)]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+    return start_main(*flags, program=ROOT / "tests" / "thin_main.py", cwd=cwd, env=env)
 
 
 def run_main(*flags, cwd, **environment):
@@ -40,27 +35,16 @@ def run_main(*flags, cwd, **environment):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.fixture
-def server():
-    with WandbServer() as server:
-        yield server
-
-
-def epochs(run):
-    return [row["epoch"] for row in run.history if "val_loss" in row]
-
-
 def test_a_run_resumed_by_its_id_goes_on_as_one_line(tmp_path, data_dir, server):
     run_dir, env = tmp_path / "run", {"cwd": tmp_path, **server.environment}
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 3, "--run_dir", run_dir, "--wandb_project", "skin"]
     done = run_main(*flags, "--wandb_images", 3, "--wandb_artifact", **env)
     assert done.returncode == 0 and "W&B has failed" not in done.stdout, done.stderr
     ((run_id, run),) = server.runs.items()
-    assert f"/lab/skin/runs/{run_id}" in done.stdout and run.state == "finished" and epochs(run) == [0, 1, 2]
+    assert f"/lab/skin/runs/{run_id}" in done.stdout and run.state == "finished" and run.epochs == [0, 1, 2]
     assert {"val_recall/0", "val_recall/2", "val_recall/10", "images_per_second"} <= run.history[0].keys()
     assert run.config["learning_rate"]["value"] == 1e-3 and run.config["samples_per_cls"]["value"]["10"] == 3
-    with open(run_dir / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run_dir / "history.csv")
     best = max(rows, key=lambda row: float(row["val_balanced_acc"]))
     assert run.summary["val_balanced_acc"] == pytest.approx(float(best["val_balanced_acc"]))
     assert run.summary["best_epoch"] == int(best["epoch"]) and "test_macro_f1" in run.summary
@@ -74,10 +58,10 @@ def test_a_run_resumed_by_its_id_goes_on_as_one_line(tmp_path, data_dir, server)
     assert done.returncode == 0, done.stderr
     assert list(server.runs) == [run_id] and run.starts == 2
     best_epoch = int(best["epoch"])
-    assert epochs(run) == [0, 1, 2, *range(best_epoch + 1, 4)]
+    assert run.epochs == [0, 1, 2, *range(best_epoch + 1, 4)]
     assert run.summary["best_metric"] >= float(best["val_balanced_acc"])
     done = run_main("--resume", run_dir / "last_model.pth", "--wandb_resume", "must", "--epochs", 5, **env)
-    assert done.returncode == 0 and run.starts == 3 and epochs(run)[-2:] == [3, 4]  # by the checkpoint's id
+    assert done.returncode == 0 and run.starts == 3 and run.epochs[-2:] == [3, 4]  # by the checkpoint's id
     done = run_main(*again, "must", "--wandb_id", "nowhere", "--epochs", 6, **env)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
@@ -92,7 +76,7 @@ def test_epochs_that_were_saved_but_not_logged_are_logged_later(tmp_path, data_d
     del run.lines["wandb-history.jsonl"][1:]  # as if the machine had lost its power behind the first epoch
     run.summary["epoch"] = 0
     assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3, **env).returncode == 0
-    assert epochs(run) == [0, 1, 2]
+    assert run.epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
@@ -126,7 +110,7 @@ def test_offline_runs_and_their_resumes_are_synced_by_the_command_that_is_printe
     synced = {name: value for name, value in synced.items() if name not in ("cwd", "WANDB_MODE")}
     subprocess.run([wandb, *command[1:]], env=synced, cwd=tmp_path, check=True, capture_output=True, timeout=60)
     (run,) = server.runs.values()
-    assert epochs(run) == [0, 1, 2] and run.state == "finished"
+    assert run.epochs == [0, 1, 2] and run.state == "finished"
 
 
 def test_a_wrong_key_means_offline(tmp_path, data_dir, server):

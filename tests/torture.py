@@ -114,8 +114,11 @@ class Training:
         if self.generator.random() < 0.15:
             time.sleep(self.generator.uniform(0, 5))
         else:
-            self.training.wait(60)
-            time.sleep(self.generator.uniform(0, 8))
+            self.wait_in_the_training()
+
+    def wait_in_the_training(self):
+        self.training.wait(60)
+        time.sleep(self.generator.uniform(0, 8))
 
     def wait_for_a_save(self):
         """Until a checkpoint is being written, and then a part of the time that takes."""
@@ -128,6 +131,10 @@ class Training:
                 return
             time.sleep(0.002)
 
+    def wait_in_a_slow_save(self):
+        self.wait_for_a_save()
+        time.sleep(self.generator.uniform(0, 4))
+
     def signal_all(self, number):
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
@@ -136,55 +143,40 @@ class Training:
 # Each fault: how it disturbs a Training. Exit status -N: by a signal that came before main.py was there to handle it.
 
 
+def start_and_signal(training, number, *allowed, wait=Training.wait_at_random, slow=False):
+    """Start it, send the signal at the moment for which `wait` waits, and expect one of the statuses `allowed`."""
+    training.start(slow)
+    wait(training)
+    training.signal_all(number)
+    training.end(*allowed)
+
+
 def killed(training):
-    training.start()
-    training.wait_at_random()
-    training.signal_all(signal.SIGKILL)
-    training.end(-signal.SIGKILL)
+    start_and_signal(training, signal.SIGKILL, -signal.SIGKILL)
 
 
 def killed_while_saving(training):
-    training.start()
-    training.wait_for_a_save()
-    training.signal_all(signal.SIGKILL)
-    training.end(-signal.SIGKILL)
+    start_and_signal(training, signal.SIGKILL, -signal.SIGKILL, wait=Training.wait_for_a_save)
 
 
 def killed_while_saving_slowly(training):
-    training.start(slow=True)
-    training.wait_for_a_save()
-    time.sleep(training.generator.uniform(0, 4))
-    training.signal_all(signal.SIGKILL)
-    training.end(-signal.SIGKILL)
-
-
-def stopped_while_saving_slowly(training):
-    training.start(slow=True)
-    training.wait_for_a_save()
-    training.signal_all(signal.SIGTERM)
-    training.end(143)
+    start_and_signal(training, signal.SIGKILL, -signal.SIGKILL, wait=Training.wait_in_a_slow_save, slow=True)
 
 
 def terminated(training):
-    training.start()
-    training.wait_at_random()
-    training.signal_all(signal.SIGTERM)
-    training.end(143, -signal.SIGTERM)
+    start_and_signal(training, signal.SIGTERM, 143, -signal.SIGTERM)
 
 
 def terminated_while_saving(training):
-    training.start()
-    training.wait_for_a_save()
-    training.signal_all(signal.SIGTERM)
-    training.end(143)
+    start_and_signal(training, signal.SIGTERM, 143, wait=Training.wait_for_a_save)
+
+
+def terminated_while_saving_slowly(training):
+    start_and_signal(training, signal.SIGTERM, 143, wait=Training.wait_for_a_save, slow=True)
 
 
 def interrupted(training):
-    training.start()
-    training.training.wait(60)
-    time.sleep(training.generator.uniform(0, 8))
-    training.signal_all(signal.SIGINT)
-    training.end(130)
+    start_and_signal(training, signal.SIGINT, 130, wait=Training.wait_in_the_training)
 
 
 def stopped_twice(training):
@@ -308,7 +300,7 @@ DAMAGES = {
 }  # fmt: skip
 FAULTS = [
     killed, killed, killed_while_saving, killed_while_saving, killed_while_saving, killed_while_saving_slowly,
-    killed_while_saving_slowly, stopped_while_saving_slowly, terminated, terminated_while_saving, interrupted,
+    killed_while_saving_slowly, terminated_while_saving_slowly, terminated, terminated_while_saving, interrupted,
     stopped_twice, asked_to_save, two_at_once, *DAMAGES,
 ]  # fmt: skip
 

@@ -41,6 +41,11 @@ class Run:
     def history(self):
         return [json.loads(line) for line in self.lines["wandb-history.jsonl"]]
 
+    @property
+    def epochs(self):
+        """The epochs in the history, which has rows of other things too."""
+        return [row["epoch"] for row in self.history if "val_loss" in row]
+
     def as_answer(self):
         history, events = self.lines["wandb-history.jsonl"], self.lines["wandb-events.jsonl"]
         return {
