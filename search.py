@@ -2,7 +2,7 @@
 """Search hyperparameters as a W&B sweep does, without W&B: the same sweep.yaml, no account, no network.
 
 python search.py sweep.yaml --trials 20 --data_dirs data/forehead_wrinkles
-python search.py sweep.yaml --trials 40 --jobs 2 --storage postgresql://host/studies --data_dirs data/forehead_wrinkles
+python search.py sweep.yaml --trials 40 --jobs 2 --storage postgresql+psycopg://host/studies --data_dirs data/forehead
 
 Flags that are not search.py's go to each trial's main.py. The study lies in a database: stopped or killed, the same
 command goes on where it was, unfinished trials from their own checkpoints.
@@ -30,9 +30,11 @@ from sweep_config import read_sweep
 
 os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
 import optuna
+import sqlalchemy
 from optuna.trial import TrialState
 
 POLL_SECONDS = 1
+STORAGE_ATTEMPTS = 5
 MOST_FAILURES = 3  # in a row before any trial was finished: the command itself is wrong
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
@@ -96,19 +98,14 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message=".*already reported.*")  # before this search was stopped
-        url = self.args.storage or f"sqlite:///{self.folder.absolute() / 'study.db'}"
-        try:
-            study = optuna.create_study(
-                storage=url,
-                sampler=self.config.sampler(self.args.search_seed),
-                pruner=self.config.pruner(self.epochs),
-                study_name=self.args.study or self.folder.name,
-                direction="maximize" if self.config.maximizes else "minimize",
-                load_if_exists=True,
-            )
-        except Exception as error:  # drivers of databases raise errors of their own
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--storage: {url} cannot be opened ({type(error).__name__}: {reason})") from error
+        study = optuna.create_study(
+            storage=open_storage(self.args.storage or f"sqlite:///{self.folder.absolute() / 'study.db'}"),
+            sampler=self.config.sampler(self.args.search_seed),
+            pruner=self.config.pruner(self.epochs),
+            study_name=self.args.study or self.folder.name,
+            direction="maximize" if self.config.maximizes else "minimize",
+            load_if_exists=True,
+        )
         described = {name: self.config.content.get(name) for name in ("parameters", "metric", "method")}
         if study.user_attrs.setdefault("sweep", described) != described:
             raise UserError(
@@ -313,11 +310,29 @@ class Search:
         if len(values) > 1 and self.config.searched():  # else there is nothing that could matter
             figures["search_importance.png"] = plots.plot_param_importances
         for name, plot in figures.items():
-            axes = plot(self.study)
+            axes = plot(self.study, target_name=self.config.metric)
+            axes.set_title(f"{self.config.metric} of study {self.study.study_name}")
+            if name == "search_importance.png":
+                axes.get_legend().remove()  # of one colour, and over the bars
+            else:
+                axes.xaxis.get_major_locator().set_params(integer=True)
             axes.figure.set_size_inches(9, 5)
             axes.figure.set_layout_engine("constrained")
             with atomic_write(self.folder / name, "wb") as file:
                 axes.figure.savefig(file, format="png", dpi=100)
+
+
+def open_storage(url):
+    """The database, with its tables, which two searches that begin at once must not make at once."""
+    for attempts_left in reversed(range(STORAGE_ATTEMPTS)):
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # of SQLAlchemy, of the driver, or for want of one
+            if attempts_left and isinstance(error, sqlalchemy.exc.DBAPIError):
+                time.sleep(1)
+                continue
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--storage: {url} cannot be opened ({type(error).__name__}: {reason})") from error
 
 
 def log_of(run_dir):
@@ -339,11 +354,16 @@ def read_rows(path):
 
 
 def without(flags, name):
-    """A command line without one flag and what stands behind it."""
+    """A command line of main.py without one flag, whatever its form (--lr, --no-pretrained), and what stands behind."""
+    actions = main.build_parser()._option_string_actions
+
+    def meaning(word):
+        return getattr(actions.get(word), "dest", word)
+
     kept, is_kept = [], True
     for word in flags:
         if word.startswith("--"):
-            is_kept = word.partition("=")[0] != name
+            is_kept = meaning(word.partition("=")[0]) != meaning(name)
         if is_kept:
             kept.append(word)
     return kept

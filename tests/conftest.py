@@ -21,6 +21,9 @@ import resnet_custom
 from model import checkpoint_bytes, save_checkpoint
 
 os.environ["WANDB_MODE"] = "disabled"
+# the tests run side by side, and threads of two computations on the same cores fight each other
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 CACHE_HOME = tempfile.TemporaryDirectory()  # taken away when the tests end
 os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
 # a background job ignores Ctrl-C, and so would the processes that the tests start and stop by it

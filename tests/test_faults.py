@@ -85,7 +85,7 @@ def signal_at_visit(monkeypatch):
 KINDS_OF_RUN = {
     "float32": "",
     "bfloat16, augmented, accumulated, workers": "--amp bf16 --use_augmentation --grad_accum 2 --num_workers 2",
-    "float16": "--amp fp16 --grad_accum 2",
+    "float16": "--amp fp16 --grad_accum 2 --epochs 1",  # slow on most CPUs
     "float32, augmented, progressive": "--use_augmentation --progressive --train_loss focal",
 }
 
@@ -110,7 +110,8 @@ def test_a_run_stopped_after_every_step_ends_bit_for_bit_as_one_never_stopped(ki
             stops += 1
             command = ["--resume", tmp_path / "stopped" / LAST]
     assert status == 0
-    assert stops >= 2 * (2 if "grad_accum" in KINDS_OF_RUN[kind] else 3) + 2
+    epochs = 1 if kind == "float16" else 2
+    assert stops >= epochs * (2 if "grad_accum" in KINDS_OF_RUN[kind] else 3) + epochs
     assert differences(tmp_path / "whole", tmp_path / "stopped") == []
 
 

@@ -159,7 +159,9 @@ def test_a_yaml_that_is_none_is_refused(tmp_path):
 def test_flags_of_the_command_line_take_the_place_of_the_yamls():
     flags = ["--data_dirs", "a", "b", "--lr=1", "--use_augmentation", "--epochs", "3"]
     assert search.without(flags, "--data_dirs") == ["--lr=1", "--use_augmentation", "--epochs", "3"]
-    assert search.without(flags, "--lr") == ["--data_dirs", "a", "b", "--use_augmentation", "--epochs", "3"]
+    for name in ("--lr", "--learning_rate"):
+        assert search.without(flags, name) == ["--data_dirs", "a", "b", "--use_augmentation", "--epochs", "3"]
+    assert search.without(flags, "--no-use_augmentation") == ["--data_dirs", "a", "b", "--lr=1", "--epochs", "3"]
     assert search.without(flags, "--epochs") == flags[:-2]
 
 
