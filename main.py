@@ -93,7 +93,7 @@ ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see python main.py --help)")
+        raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 def number(cast, low=-math.inf, high=math.inf, below=math.inf, above=-math.inf):
@@ -204,8 +204,9 @@ def add_run_flags(group):
 
 def add_wandb_flags(group):
     add = group.add_argument
-    add("--wandb_project", default="skin-grading", help="[skin-grading]")
-    add("--wandb_name", help="[name of the run's folder]")
+    project = os.environ.get("WANDB_PROJECT", "skin-grading")
+    add("--wandb_project", default=project, help="[WANDB_PROJECT, else skin-grading]")
+    add("--wandb_name", default=os.environ.get("WANDB_NAME"), help="[WANDB_NAME, else the name of the run's folder]")
     add("--wandb_id", help="go on with this W&B run [that of the checkpoint]")
     add("--wandb_resume", choices=("never", "allow", "must"), default="allow", help="[allow]")
     add(
@@ -214,7 +215,7 @@ def add_wandb_flags(group):
         default=tracking.default_mode(),
         help="[online; goes on offline by itself]",
     )
-    add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [the run's folder]")
+    add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [WANDB_DIR, else the run's folder]")
     images = {"type": number(int, low=0), "default": 0, "metavar": "N"}
     add("--wandb_images", **images, help="upload the N worst mistakes of the test, with their photographs [0]")
     add_switch(group, "wandb_artifact", False, "upload the best checkpoint")
@@ -227,7 +228,7 @@ def first_look(argv):
         raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
     if first.auto_resume and not first.run_dir:
         raise UserError("--auto_resume: name the run's folder with --run_dir DIR")
-    if "WANDB_SWEEP_ID" in os.environ and not (first.run_dir or first.resume):
+    if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (first.run_dir or first.resume):
         # a sweep's trial: a folder of its own, in which it goes on when it is handed out again after preemption
         first.run_dir, first.auto_resume = f"{first.output_dir}_{os.environ['WANDB_RUN_ID']}", True
     if first.auto_resume and first.resume:

@@ -14,19 +14,20 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 import main
-from files import UserError, atomic_write, write_csv
+from files import LossyStream, UserError, atomic_write, write_csv
 from resuming import LAST, PREVIOUS, Signals, Stopped
 from sweep_config import read_sweep
+from trials import TrialProcess, is_in_use, stop_process_in
 
 os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
 import optuna
@@ -34,25 +35,40 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 POLL_SECONDS = 1
+BEAT_SECONDS = 20  # each trial at work says that somebody watches it
+STALE_SECONDS = 120  # without a beat, nobody does
 STORAGE_ATTEMPTS = 5
-MOST_FAILURES = 3  # in a row before any trial was finished: the command itself is wrong
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.OperationalError)
+MOST_FAILURES = 3  # before any trial was finished: the command itself is wrong
+MOST_KILLS = 2  # of a trial that is gone on with, as by a system without memory
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
+# flags that may differ from one time to the next: the trials stay comparable
+NEUTRAL_FLAGS = {"device", "num_workers", "cache_dir", "no_cache", "save_every", "save_minutes", "max_megapixels"}
+OWN_FLAGS = {
+    "run_dir",
+    "resume",
+    "auto_resume",
+    "output_dir",
+    "eval_only",
+    "demo",
+}  # which the search sets, or cannot use
+METRICS_OF_BEST = ("val_balanced_acc", "val_macro_f1")  # by which main.py can keep its best model
+DATA_FLAGS = {"data_dirs", "val_dirs", "test_dirs"}
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
+    parser = main.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="search.py"
     )
     add = parser.add_argument
     count = main.number(int, low=1)
     add("sweep", metavar="YAML", help="a W&B sweep's file, such as sweep.yaml")
-    add("--trials", type=count, metavar="N", help="of the study in all [the grid's size; run_cap of the yaml; 20]")
+    add("--trials", type=count, metavar="N", help="of the study in all [run_cap of the yaml; the grid's size; 20]")
     add("--jobs", type=count, default=1, metavar="N", help="trials at once on this machine [1]")
     add("--search_dir", metavar="DIR", help="trials and results go here [search_NAME, of the yaml's name]")
     add("--study", metavar="NAME", help="the study's name in the storage [that of the search_dir]")
     add("--storage", metavar="URL", help="a database for many machines, as SQLAlchemy names it [SQLite in search_dir]")
-    add("--search_seed", type=int, metavar="N", help="of what is drawn [another each time]")
+    add("--search_seed", type=main.number(int, low=0), metavar="N", help="of what is drawn [another each time]")
     return parser
 
 
@@ -61,16 +77,15 @@ def build_parser():
 
 @dataclass
 class Running:
-    """A trial whose main.py is at work."""
+    """A trial that this search watches."""
 
     trial: optuna.Trial
-    process: subprocess.Popen
-    run_dir: Path
+    process: TrialProcess
     slot: int
     started: float
     epochs_seen: int = 0
     best: float | None = None
-    pruned: bool = False
+    is_pruned: bool = False
 
 
 class Search:
@@ -78,15 +93,24 @@ class Search:
 
     def __init__(self, args, main_flags, config):
         self.args, self.main_flags, self.config = args, main_flags, config
-        self.folder = Path(args.search_dir)
-        self.host = socket.gethostname()
-        self.epochs = main.build_parser().parse_args(self.command_flags({}, constants_only=True)).epochs
-        self.trials = args.trials or len(config.grid() or []) or config.content.get("run_cap") or 20
-        self.running, self.failures, self.stopping = [], [], False
+        self.folder, self.host = Path(args.search_dir).absolute(), socket.gethostname()
+        given = {meaning(word.partition("=")[0]) for word in main_flags if word.startswith("--")}
+        config.parameters = [p for p in config.parameters if meaning(f"--{p.name}") not in given]
+        if config.metric in METRICS_OF_BEST and "best_metric" not in given:
+            self.main_flags = ["--best_metric", config.metric, *main_flags]
+        self.constants = self._check_flags()
+        self.epochs = config.most("epochs") or self.constants.epochs
+        points = config.grid()
+        wanted = args.trials or config.content.get("run_cap") or (len(points) if points else 20)
+        self.trials = min(wanted, len(points)) if points else wanted  # of a grid no point comes twice
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.running, self.failures, self.is_stopping, self.last_beat = [], [], False, 0.0
         self.study = self._open_study()
 
+    # ---------------------------------------------------------------------------------------------------- the flags
+
     def command_flags(self, values, constants_only=False):
-        """{searched parameter: value} -> the flags of a trial's main.py; those of this command line win."""
+        """{searched parameter: drawn} -> the flags of a trial's main.py; those of this command line win."""
         parameters = [p for p in self.config.parameters if p.distribution is None or not constants_only]
         flags = self.config.flags({p.name: p.value(values.get(p.name)) for p in parameters})
         for word in self.main_flags:
@@ -94,165 +118,230 @@ class Search:
                 flags = without(flags, word.partition("=")[0])
         return [*flags, *self.main_flags]
 
+    def _check_flags(self):
+        """Try every value that a trial could get on main.py's own parser. -> the flags that all trials share."""
+        path, parse = self.config.path, main.build_parser().parse_args
+        parse(self.main_flags)
+        for word in self.main_flags:
+            if word.partition("=")[0].removeprefix("--") in OWN_FLAGS:
+                raise UserError(f"{word}: the search names the folders of its trials itself; leave this flag out")
+        meanings = {}
+        for parameter in self.config.parameters:
+            former = meanings.setdefault(meaning(f"--{parameter.name}"), parameter.name)
+            if former != parameter.name:
+                raise UserError(f"{path}: parameters.{former} and parameters.{parameter.name} are the same flag")
+            if meaning(f"--{parameter.name}") in OWN_FLAGS:
+                raise UserError(f"{path}: parameters.{parameter.name}: the search sets this flag itself")
+            for value in parameter.samples():
+                try:
+                    parse(self.config.flags_of({parameter.name: value}))
+                except UserError as error:
+                    raise UserError(f"{path}: parameters.{parameter.name}: {error}") from error
+        try:
+            return parse(self.command_flags({}, constants_only=True))
+        except UserError as error:
+            raise UserError(f"{path}: command: {error}") from error
+
+    def _description(self):
+        """What makes the trials of a study comparable."""
+        flags, defaults = vars(self.constants), vars(main.build_parser().parse_args([]))
+        # with a storage that machines share, the data may lie elsewhere on each
+        neutral = NEUTRAL_FLAGS | (DATA_FLAGS if self.args.storage else set())
+        chosen = {k: v for k, v in flags.items() if v != defaults[k] and k not in neutral and k[:6] != "wandb_"}
+        for name in DATA_FLAGS & chosen.keys():
+            chosen[name] = [os.path.abspath(folder) for folder in chosen[name]]
+        return {**{key: self.config.content.get(key) for key in ("parameters", "metric", "method")}, "flags": chosen}
+
+    # ---------------------------------------------------------------------------------------------------- the study
+
     def _open_study(self):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message=".*already reported.*")  # before this search was stopped
         study = optuna.create_study(
-            storage=open_storage(self.args.storage or f"sqlite:///{self.folder.absolute() / 'study.db'}"),
-            sampler=self.config.sampler(self.args.search_seed),
+            storage=open_storage(self.args.storage or sqlite_url(self.folder / "study.db")),
             pruner=self.config.pruner(self.epochs),
             study_name=self.args.study or self.folder.name,
             direction="maximize" if self.config.maximizes else "minimize",
             load_if_exists=True,
         )
-        described = {name: self.config.content.get(name) for name in ("parameters", "metric", "method")}
-        if study.user_attrs.setdefault("sweep", described) != described:
+        described = self._description()
+        former = study.user_attrs.get("search", described)
+        differing = [key for key in described if described[key] != former.get(key)]
+        if differing:
+            what = "flags" if differing == ["flags"] else f"sweep ({', '.join(differing)})"
             raise UserError(
-                f"{self.config.path}: is not the sweep that the study {study.study_name} began with; "
-                "name another with --search_dir"
+                f"--search_dir: the study {study.study_name} began with other {what}; name another folder"
+                + (", or another --study" if self.args.storage else "")
             )
-        study.set_user_attr("sweep", described)
-        for values in self.config.grid() or []:
-            study.enqueue_trial(values, skip_if_exists=True)
+        study.set_user_attr("search", described)
+        trials = study.get_trials(deepcopy=False)
+        taken = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state is not TrialState.FAIL]
+        for values in self.config.grid() or []:  # what has failed before is tried again
+            if values not in taken:
+                study.enqueue_trial(values)
         return study
 
-    # -------------------------------------------------------------------------------------------------- the loop
+    def finished(self, *states):
+        return self.study.get_trials(deepcopy=False, states=states)
 
     def loop(self, signals):
+        is_reachable = True
         with signals.deferred():
             try:
-                while self.running or self._wants_more():
-                    while len(self.running) < self.args.jobs and self._wants_more():
-                        self._start(*self._left_over() or self._new_trial())
-                    for one in list(self.running):
-                        self._look_at(one)
-                    self.show()
-                    if signals.stopped and not self.stopping:
-                        self._stop_all()
+                while True:
+                    try:
+                        if not self._round(signals):
+                            break
+                        is_reachable = True
+                    except STORAGE_ERRORS as error:  # the trials need no database
+                        if is_reachable:
+                            print(f"warning: the storage does not answer, trying again ({first_line(error)})")
+                        is_reachable = False
                     time.sleep(POLL_SECONDS)
             finally:
                 self._stop_all()
                 for one in self.running:
                     one.process.wait()
 
-    def _wants_more(self):
-        if self.stopping or (len(self.failures) >= MOST_FAILURES and not self._finished(TrialState.COMPLETE)):
+    def _round(self, signals):
+        """Look at all trials once, and start what is to be started. -> whether there is more to do."""
+        if signals.stopped and not self.is_stopping:
+            self._stop_all()
+        for one in list(self.running):
+            self._look_at(one)
+        is_waiting = not self.is_stopping and self._start_what_fits()
+        self._beat()
+        self._show()
+        return bool(self.running) or is_waiting
+
+    def _start_what_fits(self):
+        """-> whether a trial that nobody watches still has a process, which is to end first."""
+        alone = [frozen for frozen in self.finished(TrialState.RUNNING) if self._is_alone(frozen)]
+        busy = [frozen for frozen in alone if is_in_use(frozen.user_attrs.get("run_dir", ""))]
+        for frozen in busy:  # its search was killed: it saves, and this search goes on with it
+            stop_process_in(frozen.user_attrs["run_dir"])
+        free = [frozen for frozen in alone if frozen not in busy]
+        while len(self.running) + len(busy) < self.args.jobs:
+            if free:
+                self._start(optuna.Trial(self.study, free.pop(0)._trial_id))
+            elif self._wants_more():
+                self._start(self._new_trial())
+            else:
+                break
+        return bool(busy)
+
+    def _is_alone(self, frozen):
+        """Whether a trial that is not finished is watched by no search any more."""
+        if frozen.number in [one.trial.number for one in self.running]:
             return False
-        here = {one.trial.number for one in self.running}
-        trials = self.study.get_trials(deepcopy=False)
-        if self.config.target is not None and self._finished(TrialState.COMPLETE):
+        about = frozen.user_attrs
+        host, _, pid = about.get("owner", "").rpartition(":")
+        if about.get("beat") == 0 or (host == self.host and int(pid) != os.getpid() and not is_process(int(pid))):
+            return True
+        return time.time() - about.get("beat", frozen.datetime_start.timestamp()) > STALE_SECONDS
+
+    def _wants_more(self):
+        done = self.finished(TrialState.COMPLETE)
+        if len(self.failures) >= (self.trials + MOST_FAILURES if done else MOST_FAILURES):
+            return False
+        if self.config.target is not None and done:
             best, target = self.study.best_value, self.config.target
             if best >= target if self.config.maximizes else best <= target:
                 return False
-        elsewhere = [t for t in trials if t.state in (*ENDED, TrialState.RUNNING) and t.number not in here]
-        left_over = [t for t in elsewhere if self._is_left_over(t)]
-        return bool(left_over) or len(elsewhere) + len(here) < self.trials
-
-    def _finished(self, *states):
-        return self.study.get_trials(deepcopy=False, states=states)
-
-    def _is_left_over(self, frozen):
-        """A trial that this machine began and that nobody runs any more."""
-        owner = frozen.user_attrs.get("process", "")
-        host, _, pid = owner.rpartition(":")
-        if frozen.state is not TrialState.RUNNING or host != self.host or int(pid) == os.getpid():
-            return False
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        return False
-
-    def _left_over(self):
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._is_left_over(frozen):
-                return (optuna.Trial(self.study, frozen._trial_id),)
-        return None
+        begun = self.finished(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        is_left = self.config.grid() is None or self.finished(TrialState.WAITING)
+        return bool(is_left) and len(begun) < self.trials
 
     def _new_trial(self):
-        trial = self.study.ask(self.config.searched())
-        return (trial,)
+        # by the number of trials, so that a search that is started again does not draw the same ones
+        seed = self.args.search_seed
+        seeds = None if seed is None else (seed, len(self.study.get_trials(deepcopy=False)))
+        self.study.sampler = self.config.sampler(seeds)
+        return self.study.ask(self.config.searched())
 
     def _start(self, trial):
-        run_dir = Path(trial.user_attrs.get("run_dir") or self.folder.absolute() / f"trial_{trial.number:04d}")
-        trial.set_user_attr("run_dir", str(run_dir))
-        trial.set_user_attr("process", f"{self.host}:{os.getpid()}")
+        run_dir = trial.user_attrs.get("run_dir")
+        if run_dir is None or not Path(run_dir).parent.exists():  # new, or of a machine whose files are not here
+            run_dir = str(self.folder / f"trial_{trial.number:04d}")
+            if Path(run_dir).exists() and trial.user_attrs.get("run_dir") != run_dir:
+                self.study.tell(trial, state=TrialState.FAIL)
+                raise UserError(f"--search_dir: {run_dir} is there already, of another study; name another folder")
+        trial.set_user_attr("run_dir", run_dir)
+        trial.set_user_attr("owner", f"{self.host}:{os.getpid()}")
+        trial.set_user_attr("beat", time.time())
         slot = min(set(range(self.args.jobs)) - {one.slot for one in self.running})
-        flags = [*self.command_flags(trial.params), "--run_dir", str(run_dir), "--auto_resume", *self._device(slot)]
-        command = [sys.executable, str(Path(main.__file__).resolve()), *flags]
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_of(run_dir), "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            # a group of its own: Ctrl-C is for this process, which then stops the trials
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), process_group=0
-            )
-        self.running.append(Running(trial, process, run_dir, slot, time.time()))
-
-    def _device(self, slot):
+        flags = self.command_flags(trial.params)
         gpus = main.torch.cuda.device_count()
-        return ["--device", f"cuda:{slot % gpus}"] if gpus > 1 and "--device" not in " ".join(self.main_flags) else []
+        if gpus > 1 and main.build_parser().parse_args(flags).device == "auto":
+            flags += ["--device", f"cuda:{slot % gpus}"]
+        self.running.append(Running(trial, TrialProcess(flags, run_dir, self.args.jobs), slot, time.time()))
 
-    def _environment(self):
-        """Without W&B unless it is asked for; the cores are shared out, as threads of two trials would fight."""
-        environment = {"WANDB_MODE": "disabled", **os.environ}
-        if self.args.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, main.cpu_count() // self.args.jobs)))
-        return environment
+    def _beat(self):
+        if time.time() - self.last_beat > BEAT_SECONDS:
+            for one in self.running:
+                one.trial.set_user_attr("beat", time.time())
+            self.last_beat = time.time()
 
     def _look_at(self, one):
-        """Report new epochs, stop what is not promising, and close what has ended."""
-        ended = one.process.poll() is not None  # asked before the history is read, so that no row is missed
-        for row in read_rows(one.run_dir / "history.csv")[one.epochs_seen :]:
-            one.epochs_seen += 1
-            value = float(row[self.config.metric])
-            better = max if self.config.maximizes else min
-            one.best = value if one.best is None else better(one.best, value)
-            one.trial.report(one.best, one.epochs_seen)
-        if ended:
-            self._close(one)
-        elif not (one.pruned or self.stopping) and one.epochs_seen < self.epochs and one.trial.should_prune():
-            one.pruned = True
-            one.process.send_signal(signal.SIGTERM)
+        """Report new epochs, stop what does not promise anything, and close what has ended."""
+        has_ended = one.process.status is not None  # asked before the history is read, so that no row is missed
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # closed by a search that had taken it for left over
+            for row in read_rows(one.process.run_dir / "history.csv")[one.epochs_seen :]:
+                value = float(row[self.config.metric])
+                better = max if self.config.maximizes else min
+                best = value if one.best is None else better(one.best, value)
+                one.trial.report(best, one.epochs_seen + 1)
+                one.best, one.epochs_seen = best, one.epochs_seen + 1
+            if has_ended:
+                self._close(one)
+            elif not (one.is_pruned or self.is_stopping) and one.epochs_seen < self.epochs and one.trial.should_prune():
+                one.is_pruned = True
+                one.process.stop()
+        if has_ended:
+            self.running.remove(one)
 
     def _close(self, one):
-        self.running.remove(one)
-        status = one.process.returncode
         minutes = one.trial.user_attrs.get("minutes", 0) + (time.time() - one.started) / 60
         one.trial.set_user_attr("minutes", minutes)
         one.trial.set_user_attr("epochs", one.epochs_seen)
-        if status == 0 and one.best is not None:
+        if one.process.status == 0 and one.best is not None:
             self._tell(one, one.best, TrialState.COMPLETE)
-        elif one.pruned and one.best is not None:
+        elif one.is_pruned and one.best is not None:
             one.trial.set_user_attr("best", one.best)
             self._tell(one, None, TrialState.PRUNED)
-        elif not self.stopping:  # else it goes on when this search does
-            error = last_line(log_of(one.run_dir))
+        elif one.process.was_stopped or self._may_go_on_after_kill(one) or "is in use by" in one.process.error():
+            one.trial.set_user_attr("beat", 0)  # to be gone on with
+        else:
+            error = one.process.error()
             one.trial.set_user_attr("error", error)
             self.failures.append(f"trial {one.trial.number}: {error}")
             self._tell(one, None, TrialState.FAIL)
+
+    def _may_go_on_after_kill(self, one):
+        kills = one.trial.user_attrs.get("kills", 0)
+        if one.process.status != -signal.SIGKILL or kills >= MOST_KILLS:
+            return False
+        one.trial.set_user_attr("kills", kills + 1)
+        print(f"trial {one.trial.number}: {one.process.error()}; going on with it")
+        return True
 
     def _tell(self, one, value, state):
         self.study.tell(one.trial, value, state)
         if state is not TrialState.FAIL:  # the best model stays; twenty trials would fill a disk with the others
             for name in (LAST, PREVIOUS):
-                (one.run_dir / name).unlink(missing_ok=True)
+                (one.process.run_dir / name).unlink(missing_ok=True)
         if not sys.stdout.isatty():
             print(self._line(self.study.get_trials(deepcopy=False)[one.trial.number]))
 
     def _stop_all(self):
-        self.stopping = True
+        self.is_stopping = True
         for one in self.running:
-            if one.process.poll() is None:
-                one.process.send_signal(signal.SIGTERM)
+            one.process.stop()
 
     # --------------------------------------------------------------------------------------------------- showing
 
-    def show(self):
+    def _show(self):
         """The table of the trials, redrawn on a terminal."""
         if not sys.stdout.isatty():
             return
@@ -269,7 +358,7 @@ class Search:
         epochs = max(frozen.intermediate_values, default=0)
         figure = "" if best is None else f"{best:.4f}"
         chosen = " ".join(f"{name}={self._value(name, drawn)}" for name, drawn in frozen.params.items())
-        word = WORDS.get(frozen.state, "at work")
+        word = WORDS.get(frozen.state, "waits" if frozen.state is TrialState.WAITING else "at work")
         error = frozen.user_attrs.get("error", "") if frozen.state is TrialState.FAIL else ""
         return f"trial {frozen.number:3d} {word:>13} {epochs:4d} epochs {figure:>8}  {chosen}  {error}".rstrip()
 
@@ -290,15 +379,19 @@ class Search:
             rows.append({**fixed, **chosen, **rest, "run_dir": about.get("run_dir"), "error": about.get("error", "")})
         if rows:
             write_csv(self.folder / "search.csv", list(rows[0]), rows)
-        if not self._finished(TrialState.COMPLETE):
+        numbers = {word: sum(row["state"] == word for row in rows) for word in (*WORDS.values(), "unfinished")}
+        print(f"trials: {', '.join(f'{number} {word}' for word, number in numbers.items() if number) or 'none'}")
+        if not self.finished(TrialState.COMPLETE):
             return
         self._plot()
         best = self.study.best_trial
         flags = self.command_flags(best.params)
+        if "epochs" not in self.config.searched():  # the search trains briefly; the best setting deserves the default
+            flags = without(flags, "--epochs")
+        program = os.path.relpath(Path(main.__file__).with_name("main.py"))
         print(f"best: {self._line(best)}")
         print(f"its model: {best.user_attrs['run_dir']}/best_model.pth")
-        # the search may train for few epochs; the best setting deserves main.py's default
-        print(f"in full: {shlex.join(['python', 'main.py', *without(flags, '--epochs')])}")
+        print(f"in full: {shlex.join(['python', program, *flags])}")
         print(f"all trials: {self.folder / 'search.csv'}")
 
     def _plot(self):
@@ -306,7 +399,7 @@ class Search:
         from optuna.visualization import matplotlib as plots
 
         figures = {"search_history.png": plots.plot_optimization_history}
-        values = {trial.value for trial in self._finished(TrialState.COMPLETE)}
+        values = {trial.value for trial in self.finished(TrialState.COMPLETE)}
         if len(values) > 1 and self.config.searched():  # else there is nothing that could matter
             figures["search_importance.png"] = plots.plot_param_importances
         for name, plot in figures.items():
@@ -322,6 +415,11 @@ class Search:
                 axes.figure.savefig(file, format="png", dpi=100)
 
 
+def sqlite_url(path):
+    url = sqlalchemy.URL.create("sqlite", database=str(path))  # which a path with ? or # would break as a text
+    return url.render_as_string()
+
+
 def open_storage(url):
     """The database, with its tables, which two searches that begin at once must not make at once."""
     for attempts_left in reversed(range(STORAGE_ATTEMPTS)):
@@ -331,18 +429,10 @@ def open_storage(url):
             if attempts_left and isinstance(error, sqlalchemy.exc.DBAPIError):
                 time.sleep(1)
                 continue
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--storage: {url} cannot be opened ({type(error).__name__}: {reason})") from error
-
-
-def log_of(run_dir):
-    """What main.py prints, beside the run's folder, which must be the run's alone."""
-    return run_dir.with_name(f"{run_dir.name}.log")
-
-
-def last_line(path):
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
+            with suppress(sqlalchemy.exc.ArgumentError):
+                url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"--storage: {url} cannot be opened ({reason})") from error
 
 
 def read_rows(path):
@@ -353,13 +443,27 @@ def read_rows(path):
         return []
 
 
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
+
+
+def is_process(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def meaning(option):
+    """--lr, --learning_rate -> learning_rate: the flag of main.py that an option is."""
+    return getattr(main.build_parser()._option_string_actions.get(option), "dest", option)
+
+
 def without(flags, name):
     """A command line of main.py without one flag, whatever its form (--lr, --no-pretrained), and what stands behind."""
-    actions = main.build_parser()._option_string_actions
-
-    def meaning(word):
-        return getattr(actions.get(word), "dest", word)
-
     kept, is_kept = [], True
     for word in flags:
         if word.startswith("--"):
@@ -369,44 +473,39 @@ def without(flags, name):
     return kept
 
 
-def check_main_flags(flags):
-    """Raises UserError for a flag that every trial would refuse, or that the search sets itself."""
-    for word in flags:
-        if word.partition("=")[0] in ("--run_dir", "--resume", "--auto_resume", "--output_dir", "--eval_only"):
-            raise UserError(f"{word}: the search names the folders of its trials itself; leave this flag out")
-    main.build_parser().parse_args(flags)
-
-
 def run(argv):
     args, main_flags = build_parser().parse_known_args(argv)
     known = {option[2:] for action in main.build_parser()._actions for option in action.option_strings}
     config = read_sweep(args.sweep, known - {"help"})
-    check_main_flags([*config.flags({}), *main_flags])
     args.search_dir = args.search_dir or f"search_{Path(args.sweep).stem}"
-    folder = Path(args.search_dir)
     with Signals() as signals:
-        folder.mkdir(parents=True, exist_ok=True)
         search = Search(args, main_flags, config)
         try:
             search.loop(signals)
         finally:
-            search.show()
             search.write_results()
-        if search.failures and len(search.failures) >= MOST_FAILURES and not search._finished(TrialState.COMPLETE):
-            raise UserError(f"{len(search.failures)} trials failed and none was finished; {search.failures[-1]}")
+    if search.failures and not search.finished(TrialState.COMPLETE):
+        raise UserError(f"{len(search.failures)} trials failed and none was finished; {search.failures[-1]}")
 
 
 def main_search(argv=None):
     """-> exit status, as main.py's."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"stopped; go on with: python search.py {shlex.join(argv)}", file=sys.stderr)
-        return stop.status
+    with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
+        try:
+            run(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except STORAGE_ERRORS as error:
+            print(f"error: --storage: {first_line(error)}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            print("stopped; go on with the same command", file=sys.stderr)
+            return stop.status
     return 0
 
 

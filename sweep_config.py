@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import numpy as np
 import optuna
 import yaml
 
@@ -20,7 +21,7 @@ KEYS = {
     "": {"program", "method", "metric", "parameters", "early_terminate", "command", "run_cap"}
     | {"name", "description", "project", "entity"},  # for W&B's pages only
     "metric": {"name", "goal", "target"},
-    "early_terminate": {"type", "min_iter", "max_iter", "s", "eta", "strict"},
+    "early_terminate": {"type", "min_iter", "max_iter", "s", "eta"},
 }
 METHODS = ("bayes", "random", "grid")
 # {distribution: (keys it needs, keys it may have beside)}
@@ -41,7 +42,8 @@ DISTRIBUTIONS = {
     "log_normal": (set(), {"mu", "sigma"}),
     "q_log_normal": (set(), {"mu", "sigma", "q"}),
 }
-MACRO = re.compile(r"\$\{(env|interpreter|program|args|args_no_boolean_flags|envvar:\w+)\}")
+PROGRAM, ARGS = "${program}", ("${args}", "${args_no_boolean_flags}")
+VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 QUANTILES = optuna.distributions.FloatDistribution(1e-6, 1 - 1e-6)  # of a normal distribution, whose ends are infinite
 
 
@@ -54,35 +56,53 @@ class Parameter:
         if not isinstance(spec, dict):
             raise UserError(f"parameters.{name}: a mapping is wanted, such as value: 3, not {spec!r}")
         self.kind = spec.get("distribution") or _kind_of(name, spec)
-        if self.kind not in DISTRIBUTIONS:
+        if not isinstance(self.kind, str) or self.kind not in DISTRIBUTIONS:
             raise UserError(f"parameters.{name}.distribution: {self.kind} is none of {', '.join(DISTRIBUTIONS)}")
         needed, possible = DISTRIBUTIONS[self.kind]
         given = set(spec) - {"distribution"}
         if needed - given:
             raise UserError(f"parameters.{name}: {self.kind} needs {' and '.join(sorted(needed - given))}")
         if given - needed - possible:
-            extra = ", ".join(sorted(given - needed - possible))
+            extra = ", ".join(sorted(map(str, given - needed - possible)))
             raise UserError(f"parameters.{name}: {extra} is not known, or not for {self.kind}")
         self.spec = {"mu": 0, "sigma": 1, "q": 1, **spec}
         self._check_figures()
-        self.distribution = self._distribution()
+        self._check_values()
+        try:
+            self.distribution = self._distribution()
+            self.samples()
+        except (ValueError, OverflowError) as error:
+            hint = "; its min and max are exponents" if self.kind.endswith("log_uniform") else ""
+            raise UserError(f"parameters.{name}: {self.kind} cannot be drawn from ({error}{hint})") from error
 
     def _check_figures(self):
         for key in ("min", "max", "mu", "sigma", "q"):
             figure = self.spec.get(key, 1)
             try:
-                self.spec[key] = figure if isinstance(figure, int) else float(figure)  # yaml reads 1e-5 as a text
-            except (TypeError, ValueError) as error:
-                raise UserError(f"parameters.{self.name}.{key}: {figure!r} is not a number") from error
-        low, high = self.spec["min"], self.spec["max"]
-        if low > high or self.spec["q"] <= 0 or self.spec["sigma"] <= 0:
-            raise UserError(f"parameters.{self.name}: min must not be above max, and q and sigma must be above 0")
-        if "values" in self.kind and low <= 0:
+                number = figure if isinstance(figure, int) else float(figure)  # yaml reads 1e-5 as a text
+            except (TypeError, ValueError):
+                number = math.nan
+            if isinstance(figure, bool) or not math.isfinite(number):
+                raise UserError(f"parameters.{self.name}.{key}: {figure!r} is not a finite number")
+            if key in ("q", "sigma") and number <= 0:
+                raise UserError(f"parameters.{self.name}.{key}: {figure!r} is not above 0")
+            self.spec[key] = number
+        if self.spec["min"] > self.spec["max"]:
+            raise UserError(f"parameters.{self.name}: min must not be above max")
+        if self.kind.endswith("_values") and self.spec["min"] <= 0:
             raise UserError(f"parameters.{self.name}: min must be above 0 for {self.kind}")
+
+    def _check_values(self):
         values, shares = self.spec.get("values", [0]), self.spec.get("probabilities")
         if not isinstance(values, list) or not values:
             raise UserError(f"parameters.{self.name}.values: a list is wanted, not {values!r}")
-        if shares is not None and (len(shares) != len(values) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0):
+        for value in values:
+            if value != value or not isinstance(value, (str, int, float, list)):
+                raise UserError(f"parameters.{self.name}.values: {value!r} is no value of a flag")
+        if shares is None:
+            return
+        are_numbers = isinstance(shares, list) and all(isinstance(share, (int, float)) for share in shares)
+        if not are_numbers or len(shares) != len(values) or not abs(sum(shares) - 1) <= 1e-6 or min(shares) < 0:
             raise UserError(f"parameters.{self.name}.probabilities: one for each of values, that sum to 1")
 
     def _distribution(self):
@@ -109,7 +129,9 @@ class Parameter:
             return self.spec["value"]
         if self.kind == "categorical" and self.spec.get("probabilities"):
             ends = itertools.accumulate(self.spec["probabilities"])
-            return next((v for v, end in zip(self.spec["values"], ends, strict=True) if drawn <= end), drawn)
+            return next(
+                (v for v, end in zip(self.spec["values"], ends, strict=True) if drawn <= end), self.spec["values"][-1]
+            )
         if self.kind == "categorical":
             return next(value for value in self.spec["values"] if _simple(value) == drawn)
         if "normal" in self.kind:
@@ -117,15 +139,27 @@ class Parameter:
             drawn = math.exp(drawn) if "log" in self.kind else drawn
         return _rounded(drawn, self.spec["q"]) if self.kind.startswith("q_") else drawn
 
+    def samples(self):
+        """Values to try main.py's parser on: all choices, or the ends of a range."""
+        if "values" in self.spec:
+            return self.spec["values"]
+        if self.distribution is None:
+            return [self.spec["value"]]
+        if self.distribution is QUANTILES:
+            return [self.value(quantile) for quantile in (0.16, 0.5, 0.84)]
+        return [self.value(self.distribution.low), self.value(self.distribution.high)]
+
     def grid(self):
-        """Every value Optuna can draw. Raises UserError where there is no end of them."""
+        """Every value Optuna can draw, once. Raises UserError where there is no end of them."""
         d = self.distribution
         if isinstance(d, optuna.distributions.CategoricalDistribution):
-            return list(d.choices)
+            return list(dict.fromkeys(d.choices))
         if isinstance(d, optuna.distributions.IntDistribution):
             return list(range(d.low, d.high + 1))
         if getattr(d, "step", None):
             return [d.low + i * d.step for i in range(round((d.high - d.low) / d.step) + 1)]
+        if self.spec.get("probabilities"):
+            raise UserError(f"parameters.{self.name}.probabilities: method grid takes every value once")
         raise UserError(f"parameters.{self.name}: method grid needs values, int_uniform or q_uniform, not {self.kind}")
 
 
@@ -184,7 +218,14 @@ class SweepConfig:
         combinations = itertools.product(*(p.grid() for p in searched))
         return [dict(zip((p.name for p in searched), values, strict=True)) for values in combinations]
 
-    def sampler(self, seed):
+    def most(self, name):
+        """The highest value of a searched parameter, None where it is not searched."""
+        chosen = [p for p in self.parameters if p.name == name and p.distribution is not None]
+        return max(chosen[0].samples()) if chosen else None
+
+    def sampler(self, seeds):
+        """seeds: figures that decide what is drawn, or None."""
+        seed = None if seeds is None else int(np.random.SeedSequence(seeds).generate_state(1)[0])
         if self.content["method"] == "bayes":
             return optuna.samplers.TPESampler(seed=seed)  # its constant liar keeps trials that run at once apart
         return optuna.samplers.RandomSampler(seed=seed)
@@ -203,22 +244,36 @@ class SweepConfig:
     def flags(self, values):
         """{parameter: value} -> main.py's command line behind the program, in the order of `command`."""
         words = []
-        for word in self.content.get("command") or ["${program}", "${args}"]:
-            word = str(word)
-            if word in ("${args}", "${args_no_boolean_flags}"):
-                words += flags_of(values)
-            elif variable := re.fullmatch(r"\$\{envvar:(\w+)\}", word):
-                words.append(os.environ.get(variable[1], ""))
-            elif word not in ("${env}", "${interpreter}", "${program}"):
-                words.append(word)
+        for word in _words_behind_program(self.content.get("command")):
+            words += self.flags_of(values) if word in ARGS else [VARIABLE.sub(lambda m: os.environ[m[1]], word)]
+        return words
+
+    @staticmethod
+    def flags_of(values):
+        """{parameter: value} -> flags; a list becomes several words behind one flag."""
+        words = []
+        for name, value in values.items():
+            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         return words
 
 
-def flags_of(values):
-    """{parameter: value} -> flags; a list becomes several words behind one flag."""
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+def _words_behind_program(command):
+    """Raises UserError for a `command` that does not run main.py, or has what this search does not know."""
+    words = [PROGRAM, *ARGS[:1]] if command is None else command
+    if not isinstance(words, list):
+        raise UserError(f"command: a list of words is wanted, not {words!r}")
+    words = [str(word) for word in words]
+    starts = [i for i, word in enumerate(words) if word == PROGRAM or os.path.basename(word) == "main.py"]
+    if not starts:
+        raise UserError("command: ${program} is wanted in it")
+    words = words[starts[0] + 1 :]
+    for word in words:
+        for name in VARIABLE.findall(word):
+            if name not in os.environ:
+                raise UserError(f"command: the environment has no variable {name}")
+        unknown = re.search(r"\$\{[^}]*\}?", VARIABLE.sub("", word))
+        if unknown and word not in ARGS:
+            raise UserError(f"command: {unknown[0]} is not known to this search")
     return words
 
 
@@ -257,9 +312,10 @@ def _checked(content, known_flags):
         raise UserError(f"method: {content.get('method')} is none of {', '.join(METHODS)}")
     _check_metric(content.get("metric") or {})
     _check_stopping(content.get("early_terminate") or {})
-    for word in map(str, content.get("command") or []):
-        if word.startswith("${") and not MACRO.fullmatch(word):
-            raise UserError(f"command: {word} is not known to this search")
+    _words_behind_program(content.get("command"))
+    cap = content.get("run_cap", 1)
+    if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
+        raise UserError(f"run_cap: {cap!r} is not an integer from 1 on")
     given = content.get("parameters")
     if not isinstance(given, dict) or not given:
         raise UserError("parameters: none are given")
@@ -275,7 +331,7 @@ def _check_metric(metric):
         raise UserError(f"metric.name: {metric.get('name')} is none of {', '.join(names)}")
     if metric.get("goal", "minimize") not in ("minimize", "maximize"):
         raise UserError(f"metric.goal: {metric['goal']} is neither minimize nor maximize")
-    if not isinstance(metric.get("target", 0), (int, float)):
+    if isinstance(metric.get("target"), bool) or not isinstance(metric.get("target", 0), (int, float)):
         raise UserError(f"metric.target: {metric['target']!r} is not a number")
 
 
@@ -284,7 +340,8 @@ def _check_stopping(stopping):
         raise UserError(f"early_terminate.type: {stopping.get('type')} is not hyperband")
     for key in ("min_iter", "max_iter", "s", "eta"):
         least = 2 if key == "eta" else 1
-        if key in stopping and not (isinstance(stopping[key], int) and stopping[key] >= least):
+        is_whole = isinstance(stopping.get(key), int) and not isinstance(stopping[key], bool)
+        if key in stopping and not (is_whole and stopping[key] >= least):
             raise UserError(f"early_terminate.{key}: {stopping[key]!r} is not an integer from {least} on")
     if stopping and not {"min_iter", "max_iter"} & set(stopping):
         raise UserError("early_terminate: min_iter or max_iter is wanted")

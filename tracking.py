@@ -38,7 +38,7 @@ class Run:
         import wandb  # here, since a run without W&B need not have it
 
         self._wandb = wandb
-        folder = os.path.abspath(args.wandb_dir or run_dir)
+        folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or run_dir)
         os.makedirs(folder, exist_ok=True)
         arguments = {
             "name": args.wandb_name or os.path.basename(os.path.abspath(run_dir)),
@@ -52,11 +52,13 @@ class Run:
         try:
             self._run = self._start(args.wandb_mode, arguments)
         except wandb.errors.UsageError as error:
-            raise UserError(f"--wandb_id / --wandb_resume: {_first_line(error)}") from error
+            flag = "--wandb_project" if "project name" in str(error) else "--wandb_id / --wandb_resume"
+            raise UserError(f"{flag}: {_first_line(error)}") from error
         self.id = self._run.id
-        # every figure is drawn over the epoch, so that a resumed run goes on as one line
-        self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")
+        with self._never_stopping_the_training():
+            # every figure is drawn over the epoch, so that a resumed run goes on as one line
+            self._run.define_metric("epoch")
+            self._run.define_metric("*", step_metric="epoch")
 
     def _settings(self):
         try:
@@ -110,27 +112,35 @@ class Run:
             self._has_failed = True
 
     def catch_up(self, progress):
-        """Log the epochs that are saved but were not logged any more when the run was broken off."""
-        if self._is_at_work() and self._run.resumed:
-            last = self._run.summary.get("epoch", -1)
+        """Log the epochs that are saved but are not there, as the run was broken off, or is new on this server.
+
+        Offline nobody knows what is there: all are logged, so that the last part of the run has everything.
+        """
+        if self._is_at_work():
+            last = self._run.summary.get("epoch", -1) if self._run.resumed else -1
+            if self._run.offline and self._parts("run"):
+                last = progress.epoch  # online before: the server has them
             for row in progress.history:
                 if row["epoch"] > last:
                     self.log_epoch(row, progress)
+
+    def _parts(self, kind):
+        """Folders of this run: "run" for those online, "offline-run"."""
+        return sorted(Path(self._run.dir).parent.parent.glob(f"{kind}-*-{self.id}"))
 
     def log_epoch(self, row, progress):
         """row: the epoch's row of `history.csv`, with {class: recall} as `val_recall`."""
         if self._is_at_work():
             with self._never_stopping_the_training():
-                recalls = {f"val_recall/{name}": recall for name, recall in row["val_recall"].items()}
-                figures = {name: value for name, value in row.items() if name != "val_recall"}
                 best = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
-                self._run.log({**figures, **recalls, **best})
+                self._run.log({**_flat(row), **best})
                 self._summarise_best_epoch(progress)
 
     def _summarise_best_epoch(self, progress):
         """The best epoch's figures, not the last one's, are what a sweep compares, also of a trial that is stopped."""
-        best_row = progress.best_row() or {}
-        self._run.summary.update({k: v for k, v in best_row.items() if k not in ("epoch", "val_recall")})
+        best_row = progress.best_row()
+        if best_row:
+            self._run.summary.update({name: value for name, value in _flat(best_row).items() if name != "epoch"})
 
     def log_results(self, progress, results, test, probabilities, best_model):
         """Test figures into the summary; confusion matrix, PR curves; worst mistakes and the model where asked for.
@@ -199,10 +209,8 @@ class Run:
             with suppress(Exception):  # else the client would complain again when Python ends
                 self._wandb.teardown()
         if offline or not whole:
-            # offline, each process of the run has left a folder; the client puts their histories together
-            folders = sorted(folder.parent.glob(f"offline-run-*-{self.id}")) if offline else [folder]
             why = "to upload it" if offline else "not all was uploaded; to do it later"
-            print(f"W&B: {why}: wandb login && {shlex.join(['wandb', 'sync', *map(str, folders)])}")
+            print(f"W&B: {why}: wandb login && {shlex.join(['wandb', 'sync', str(folder)])}")
 
     def _is_at_work(self):
         return self._run and not self._has_failed
@@ -229,6 +237,12 @@ def default_mode():
     if mode not in MODES:
         raise UserError(f"WANDB_MODE: {mode} is none of {', '.join(MODES)}")
     return mode
+
+
+def _flat(row):
+    """A row of the history as W&B takes it: `val_recall/CLASS` for each class."""
+    recalls = {f"val_recall/{name}": recall for name, recall in row["val_recall"].items()}
+    return {name: value for name, value in row.items() if name != "val_recall"} | recalls
 
 
 def _first_line(error):

@@ -2,9 +2,12 @@
 
 import math
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +136,32 @@ WRONG = {
     "stopping": ({"early_terminate": {"type": "median"}}, "early_terminate.type: median"),
     "stopping key": ({"early_terminate": {"type": "hyperband", "min_iters": 3}}, "early_terminate.min_iters"),
     "macro": ({"command": ["${program}", "${args_json}"]}, "command: ${args_json}"),
+    "macro in a word": ({"command": ["${program}", "--cache_dir=${home}/x"]}, "command: ${home}"),
+    "variable": ({"command": ["${program}", "${envvar:NOT_SET_ANYWHERE}"]}, "no variable NOT_SET_ANYWHERE"),
+    "no program": ({"command": ["python", "${args}"]}, "command: ${program} is wanted"),
+    "command": ({"command": "python main.py"}, "command: a list of words"),
+    "cap": ({"run_cap": "many"}, "run_cap: 'many'"),
+    "strict": ({"early_terminate": {"type": "hyperband", "min_iter": 3, "strict": True}}, "early_terminate.strict"),
+    "shares": ({"parameters": {"gamma": {"values": [1, 2], "probabilities": 1}}}, "parameters.gamma.probabilities"),
+    "grid with shares": (
+        {"method": "grid", "parameters": {"gamma": {"values": [1, 2], "probabilities": [0.5, 0.5]}}},
+        "parameters.gamma.probabilities: method grid",
+    ),
+    "kind": ({"parameters": {"gamma": {"distribution": ["normal"]}}}, "parameters.gamma.distribution"),
+    "exponents": (
+        {"parameters": {"gamma": {"distribution": "log_uniform", "min": 1, "max": 1000}}},
+        "min and max are exponents",
+    ),
+    "empty": ({"parameters": {"batch_size": {"distribution": "int_uniform", "min": 1.2, "max": 1.8}}}, "batch_size"),
+    "not a number": ({"parameters": {"gamma": {"min": 0.5, "max": float("inf")}}}, "parameters.gamma.max: inf"),
+    "nan": ({"parameters": {"gamma": {"values": [float("nan"), 1]}}}, "parameters.gamma.values: nan"),
+    "refused by main.py": ({"parameters": {"dropout_prob": {"values": [0.1, 3]}}}, "parameters.dropout_prob: argument"),
+    "a float for an int": (
+        {"parameters": {"epochs": {"distribution": "q_uniform", "min": 1, "max": 5, "q": 1.0}}},
+        "parameters.epochs: argument",
+    ),
+    "twice": ({"parameters": {"lr": {"value": 1}, "learning_rate": {"value": 2}}}, "are the same flag"),
+    "own flag": ({"parameters": {"run_dir": {"value": "x"}}}, "parameters.run_dir: the search sets"),
     "grid": ({"method": "grid"}, "parameters.learning_rate: method grid needs"),
     "no mapping": ({"parameters": {"gamma": 3}}, "parameters.gamma: a mapping"),
 }
@@ -185,8 +214,9 @@ def rows_of(path):
 
 def test_a_search_leaves_a_table_plots_and_the_command_of_the_best(tmp_path, data_dir, capsys):
     parameters = {**SWEEP["parameters"], "epochs": {"value": 2}, "use_augmentation": {"value": True}}
+    parameters["gamma"] = {"values": [0.5, 1]}  # which the command line takes from the search
     path = write_sweep(tmp_path, parameters=parameters, method="bayes")
-    assert run_search(path, "--trials", 2, "--jobs", 2, data_dir=data_dir) == 0
+    assert run_search(path, "--trials", 2, "--jobs", 2, "--gamma=3", data_dir=data_dir) == 0
     rows, out = rows_of(path), capsys.readouterr().out
     assert [row["state"] for row in rows] == ["done", "done"] and {row["epochs"] for row in rows} == {"2"}
     best = max(rows, key=lambda row: float(row["val_balanced_acc"]))
@@ -194,21 +224,29 @@ def test_a_search_leaves_a_table_plots_and_the_command_of_the_best(tmp_path, dat
     assert "--epochs" not in command and "--use_augmentation=True" in command and str(data_dir) in command
     assert (Path(best["run_dir"]) / "best_model.pth").exists() and not list(tmp_path.rglob("last_model.pth"))
     assert (tmp_path / "found" / "search_history.png").stat().st_size > 5000
-    assert run_search(path, "--trials", 2, data_dir=data_dir) == 0  # there is nothing left to do
+    assert "gamma" not in rows[0] and "--gamma=3" in command and "gamma=0.5" not in command
+    assert run_search(path, "--trials", 2, "--gamma=3", data_dir=data_dir) == 0  # there is nothing left to do
     assert rows_of(path) == rows
+    assert run_search(path, "--trials", 3, data_dir=data_dir.parent / "other") == 2
+    assert "--search_dir: the study found began with other flags" in capsys.readouterr().err
+    assert run_search(path, "--trials", 3, "--study", "another", "--gamma=3", data_dir=data_dir) == 2
+    assert "trial_0000 is there already, of another study" in capsys.readouterr().err
     changed = write_sweep(tmp_path, parameters={"epochs": {"value": 2}})
-    assert run_search(changed, data_dir=data_dir) == 2
-    assert "is not the sweep that the study" in capsys.readouterr().err
+    assert run_search(changed, "--gamma=3", data_dir=data_dir) == 2
+    assert "began with other sweep (parameters" in capsys.readouterr().err
 
 
 def test_a_trial_that_crashes_is_told_and_the_others_go_on(tmp_path, data_dir, capsys):
-    parameters = {"image_size": {"values": [16, 32]}, "epochs": {"value": 1}}
+    """And does not count: the search makes up for it, and tries it again when it is started again."""
+    wrong = [1.0, 2.0]  # for three classes
+    parameters = {"alpha": {"values": [wrong, [1.0], [1.0]]}, "epochs": {"value": 1}, "train_loss": {"value": "focal"}}
     path = write_sweep(tmp_path, parameters=parameters, method="grid")
-    tiny = ["--data_dirs", str(data_dir), "--no-pretrained", "--batch_size", "8"]
-    assert search.main_search([str(path), "--search_dir", str(tmp_path / "found"), *tiny]) == 0
-    rows = {row["image_size"]: row for row in rows_of(path)}
-    assert rows["32"]["state"] == "done" and rows["16"]["state"] == "failed"
-    assert "--image_size: 16 is not at least 32" in rows["16"]["error"]
+    for turn in (1, 2):
+        assert run_search(path, data_dir=data_dir) == 0
+        failed, done, *again = rows_of(path)
+        assert done["state"] == "done" and failed["state"] == "failed" and len(again) == turn - 1
+        assert failed["error"].startswith("error: --alpha: 2 figures for 3 classes")
+        assert f"1 done, {turn} failed" in capsys.readouterr().out
 
 
 def test_a_command_that_cannot_work_ends_the_search(tmp_path, capsys):
@@ -241,22 +279,66 @@ def start_search(path, data_dir, *flags):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, data_dir, number):
-    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 12}})
+    """Killed, it leaves the trial's own process behind, which is not let train unwatched."""
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 60}})
     first = start_search(path, data_dir, "--trials", "1")
     history = tmp_path / "found" / "trial_0000" / "history.csv"
     wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
     os.kill(first.pid, number)
     _, err = first.communicate(timeout=60)
-    if number == signal.SIGKILL:  # the trial has a process of its own, and goes on until it is killed too
-        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "found" / "trial_0000")], check=True)
-    else:
-        assert first.returncode == 130 and "go on with: python search.py" in err
+    assert first.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
+    assert number == signal.SIGKILL or "go on with the same command" in err
     done = start_search(path, data_dir, "--trials", "1")
     _, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     (row,) = rows_of(path)
-    assert row["state"] == "done" and row["epochs"] == "12"
+    assert row["state"] == "done" and row["epochs"] == "60"
     assert "going on with epoch" in (tmp_path / "found" / "trial_0000.log").read_text()
+
+
+def test_a_trial_that_the_system_kills_is_gone_on_with(tmp_path, data_dir):
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 40}})
+    searching = start_search(path, data_dir, "--trials", "1")
+    last = tmp_path / "found" / "trial_0000" / "last_model.pth"
+    wait_for(last.exists)
+    pid = re.match(r"process (\d+) on", (last.parent / ".lock").read_text())[1]
+    os.kill(int(pid), signal.SIGKILL)
+    out, err = searching.communicate(timeout=120)
+    assert searching.returncode == 0, err
+    assert "killed by signal 9, perhaps by a system without memory; going on with it" in out
+    assert rows_of(path)[0]["state"] == "done"
+
+
+def test_a_storage_that_does_not_answer_for_a_while_stops_no_trial(tmp_path, data_dir):
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 4}})
+    searching = start_search(path, data_dir, "--trials", "1")
+    wait_for((tmp_path / "found" / "trial_0000").exists)
+    with sqlite3.connect(tmp_path / "found" / "study.db", timeout=30) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        time.sleep(12)  # the client waits for 5
+    out, err = searching.communicate(timeout=120)
+    assert searching.returncode == 0, err
+    assert out.count("warning: the storage does not answer") == 1 and rows_of(path)[0]["state"] == "done"
+
+
+def test_a_seed_draws_other_trials_when_the_search_goes_on(tmp_path, data_dir):
+    path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 1}})
+    for trials in (1, 2):
+        assert run_search(path, "--trials", trials, "--search_seed", 7, data_dir=data_dir) == 0
+    assert len({row["learning_rate"] for row in rows_of(path)}) == 2
+
+
+def test_own_flags_and_places_are_refused_in_one_line(tmp_path, data_dir, capsys):
+    path = write_sweep(tmp_path)
+    (tmp_path / "file").touch()
+    for flags, wanted in {
+        ("--trials", "0"): "--trials: 0 is not at least 1",
+        ("--search_dir", str(tmp_path / "file")): f"{tmp_path / 'file'}: File exists",
+        ("--batch_size", "x"): "--batch_size",
+    }.items():
+        assert run_search(path, *flags, data_dir=data_dir) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith("error: ") and wanted in error
 
 
 def test_two_searches_share_a_storage(tmp_path, data_dir):

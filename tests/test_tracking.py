@@ -96,21 +96,40 @@ def test_a_server_that_is_lost_in_mid_run_stops_nothing(tmp_path, data_dir, serv
     assert f"wandb sync {tmp_path}/run/wandb/run-" in line
 
 
+def sync_as_told(out, env, folder):
+    (line,) = [line for line in out.splitlines() if "wandb sync" in line]
+    command = shlex.split(line.partition("wandb login && ")[2])
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    synced = {**os.environ, **env, "WANDB_CONFIG_DIR": str(folder / "wandb_config")}
+    synced = {name: value for name, value in synced.items() if name not in ("cwd", "WANDB_MODE")}
+    subprocess.run([wandb, *command[1:]], env=synced, cwd=folder, check=True, capture_output=True, timeout=60)
+
+
 def test_offline_runs_and_their_resumes_are_synced_by_the_command_that_is_printed(tmp_path, data_dir, server):
     env = {"cwd": tmp_path, **server.environment, "WANDB_MODE": "offline"}
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
     done = run_main(*flags, **env)
     assert done.returncode == 0, done.stderr
+    for part in (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"):
+        part.write_bytes(part.read_bytes()[:100])  # as a kill leaves it: the client writes in blocks
     done = run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3, **env)
     assert done.returncode == 0 and not server.runs
-    (line,) = [line for line in done.stdout.splitlines() if "wandb sync" in line]
-    command = shlex.split(line.partition("wandb login && ")[2])
-    wandb = str(Path(sys.executable).with_name("wandb"))
-    synced = {**os.environ, **env, "WANDB_CONFIG_DIR": str(tmp_path / "wandb_config")}
-    synced = {name: value for name, value in synced.items() if name not in ("cwd", "WANDB_MODE")}
-    subprocess.run([wandb, *command[1:]], env=synced, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    sync_as_told(done.stdout, env, tmp_path)
     (run,) = server.runs.values()
     assert run.epochs == [0, 1, 2] and run.state == "finished"
+
+
+def test_an_offline_run_that_goes_on_online_and_back_has_each_epoch_on_the_server(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment}
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
+    again = ["--resume", tmp_path / "run" / "last_model.pth", "--epochs"]
+    assert run_main(*flags, **{**env, "WANDB_MODE": "offline"}).returncode == 0
+    assert run_main(*again, 3, **env).returncode == 0
+    (run,) = server.runs.values()
+    assert run.epochs == [0, 1, 2]
+    done = run_main(*again, 4, **{**env, "WANDB_MODE": "offline"})
+    sync_as_told(done.stdout, env, tmp_path)
+    assert run.epochs == [0, 1, 2, 3]
 
 
 def test_a_wrong_key_means_offline(tmp_path, data_dir, server):
