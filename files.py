@@ -188,6 +188,11 @@ def own_folder(folder, flag):
         yield folder
 
 
+def first_line(error):
+    """Of an error whose text may go on for a page."""
+    return str(error).strip().partition("\n")[0]
+
+
 def timestamped(prefix):
     """-> `<prefix>_YYYYMMDD_HHMMSS`"""
     return f"{os.path.normpath(prefix)}_{time.strftime('%Y%m%d_%H%M%S')}"

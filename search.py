@@ -10,6 +10,7 @@ command goes on where it was, unfinished trials from their own checkpoints.
 
 import argparse
 import csv
+import functools
 import os
 import shlex
 import signal
@@ -24,7 +25,7 @@ from pathlib import Path
 import matplotlib
 
 import main
-from files import LossyStream, UserError, atomic_write, write_csv
+from files import LossyStream, UserError, atomic_write, first_line, write_csv
 from resuming import LAST, PREVIOUS, Signals, Stopped
 from sweep_config import read_sweep
 from trials import TrialProcess, is_in_use, stop_process_in
@@ -100,9 +101,9 @@ class Search:
             self.main_flags = ["--best_metric", config.metric, *main_flags]
         self.constants = self._check_flags()
         self.epochs = config.most("epochs") or self.constants.epochs
-        points = config.grid()
-        wanted = args.trials or config.content.get("run_cap") or (len(points) if points else 20)
-        self.trials = min(wanted, len(points)) if points else wanted  # of a grid no point comes twice
+        self.points = config.grid()
+        wanted = args.trials or config.content.get("run_cap") or (len(self.points) if self.points else 20)
+        self.trials = min(wanted, len(self.points)) if self.points else wanted  # of a grid no point comes twice
         self.folder.mkdir(parents=True, exist_ok=True)
         self.running, self.failures, self.is_stopping, self.last_beat = [], [], False, 0.0
         self.study = self._open_study()
@@ -177,7 +178,7 @@ class Search:
         study.set_user_attr("search", described)
         trials = study.get_trials(deepcopy=False)
         taken = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state is not TrialState.FAIL]
-        for values in self.config.grid() or []:  # what has failed before is tried again
+        for values in self.points or []:  # what has failed before is tried again
             if values not in taken:
                 study.enqueue_trial(values)
         return study
@@ -250,7 +251,7 @@ class Search:
             if best >= target if self.config.maximizes else best <= target:
                 return False
         begun = self.finished(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        is_left = self.config.grid() is None or self.finished(TrialState.WAITING)
+        is_left = self.points is None or self.finished(TrialState.WAITING)
         return bool(is_left) and len(begun) < self.trials
 
     def _new_trial(self):
@@ -443,10 +444,6 @@ def read_rows(path):
         return []
 
 
-def first_line(error):
-    return str(error).strip().partition("\n")[0]
-
-
 def is_process(pid):
     try:
         os.kill(pid, 0)
@@ -457,6 +454,7 @@ def is_process(pid):
     return True
 
 
+@functools.cache
 def meaning(option):
     """--lr, --learning_rate -> learning_rate: the flag of main.py that an option is."""
     return getattr(main.build_parser()._option_string_actions.get(option), "dest", option)

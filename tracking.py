@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import UserError
+from files import UserError, first_line
 from image_cache import read_image
 from metrics import precision_recall_points
 from resuming import Stopped
@@ -53,7 +53,7 @@ class Run:
             self._run = self._start(args.wandb_mode, arguments)
         except wandb.errors.UsageError as error:
             flag = "--wandb_project" if "project name" in str(error) else "--wandb_id / --wandb_resume"
-            raise UserError(f"{flag}: {_first_line(error)}") from error
+            raise UserError(f"{flag}: {first_line(error)}") from error
         self.id = self._run.id
         with self._never_stopping_the_training():
             # every figure is drawn over the epoch, so that a resumed run goes on as one line
@@ -100,7 +100,7 @@ class Run:
             raise
         except wandb.errors.Error as error:
             wandb.teardown()  # else the id of the run that did not start counts as taken
-            return None, _first_line(error)
+            return None, first_line(error)
 
     @contextmanager
     def _never_stopping_the_training(self):
@@ -108,7 +108,7 @@ class Run:
         try:
             yield
         except Exception as error:  # of sockets, of the client, of its server
-            print(f"warning: W&B has failed ({_first_line(error) or type(error).__name__}); going on without it")
+            print(f"warning: W&B has failed ({first_line(error) or type(error).__name__}); going on without it")
             self._has_failed = True
 
     def catch_up(self, progress):
@@ -243,7 +243,3 @@ def _flat(row):
     """A row of the history as W&B takes it: `val_recall/CLASS` for each class."""
     recalls = {f"val_recall/{name}": recall for name, recall in row["val_recall"].items()}
     return {name: value for name, value in row.items() if name != "val_recall"} | recalls
-
-
-def _first_line(error):
-    return str(error).strip().partition("\n")[0]
