@@ -74,7 +74,7 @@ class Training:
         flags = [*FLAGS.split(), "--auto_resume", "--data_dirs", str(self.data), "--run_dir", str(self.folder)]
         self.said, self.training = [], threading.Event()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen([sys.executable, *program, *flags], start_new_session=True, **pipes)
+        self.process = subprocess.Popen([sys.executable, *program, *flags], cwd=ROOT, start_new_session=True, **pipes)
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 
