@@ -87,6 +87,7 @@ WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags whose work is done: the split is made, the training has begun, the best model so far was chosen
 FIXED_ON_RESUME = ("split", "pretrained", "weights")
 FIXED_IN_TRAINING = ("best_metric",)
+BEST_METRICS = ("val_balanced_acc", "val_macro_f1")  # by which the best epoch can be chosen
 # flags that set which image of an epoch comes when
 ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class")
 
@@ -170,7 +171,6 @@ def add_imbalance_flags(group):
 
 def add_training_flags(group):
     add = group.add_argument
-    metrics = ("val_balanced_acc", "val_macro_f1")
     add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
     add("--weights", metavar="FILE", help="start from this file: torchvision's, or a checkpoint of ours")
     add("--dropout_prob", type=number(float, low=0, below=1), default=0.3, help="before the head [0.3]")
@@ -182,7 +182,12 @@ def add_training_flags(group):
     add("--clip_grad", type=number(float, low=0), default=1.0, help="norm of the gradient; 0: off [1.0]")
     add("--grad_accum", type=number(int, low=1), default=1, help="batches a step of the optimizer [1]")
     add_switch(group, "progressive", False, "train on small images first, on the whole size in the last third")
-    add("--best_metric", choices=metrics, default=metrics[0], help="decides which epoch is kept [val_balanced_acc]")
+    add(
+        "--best_metric",
+        choices=BEST_METRICS,
+        default=BEST_METRICS[0],
+        help="decides which epoch is kept [val_balanced_acc]",
+    )
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision [auto]")
     add_switch(group, "compile", False, "torch.compile: minutes at the start, a faster step")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")

@@ -45,15 +45,8 @@ MOST_KILLS = 2  # of a trial that is gone on with, as by a system without memory
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 # flags that may differ from one time to the next: the trials stay comparable
 NEUTRAL_FLAGS = {"device", "num_workers", "cache_dir", "no_cache", "save_every", "save_minutes", "max_megapixels"}
-OWN_FLAGS = {
-    "run_dir",
-    "resume",
-    "auto_resume",
-    "output_dir",
-    "eval_only",
-    "demo",
-}  # which the search sets, or cannot use
-METRICS_OF_BEST = ("val_balanced_acc", "val_macro_f1")  # by which main.py can keep its best model
+# flags that the search sets itself, or cannot use
+OWN_FLAGS = {"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo"}
 DATA_FLAGS = {"data_dirs", "val_dirs", "test_dirs"}
 
 
@@ -97,7 +90,7 @@ class Search:
         self.folder, self.host = Path(args.search_dir).absolute(), socket.gethostname()
         given = {meaning(word.partition("=")[0]) for word in main_flags if word.startswith("--")}
         config.parameters = [p for p in config.parameters if meaning(f"--{p.name}") not in given]
-        if config.metric in METRICS_OF_BEST and "best_metric" not in given:
+        if config.metric in main.BEST_METRICS and "best_metric" not in given:
             self.main_flags = ["--best_metric", config.metric, *main_flags]
         self.constants = self._check_flags()
         self.epochs = config.most("epochs") or self.constants.epochs
@@ -106,6 +99,7 @@ class Search:
         self.trials = min(wanted, len(self.points)) if self.points else wanted  # of a grid no point comes twice
         self.folder.mkdir(parents=True, exist_ok=True)
         self.running, self.failures, self.is_stopping, self.last_beat = [], [], False, 0.0
+        self.told_to_end = set()  # numbers of trials that a killed search has left
         self.study = self._open_study()
 
     # ---------------------------------------------------------------------------------------------------- the flags
@@ -221,7 +215,9 @@ class Search:
         alone = [frozen for frozen in self.finished(TrialState.RUNNING) if self._is_alone(frozen)]
         busy = [frozen for frozen in alone if is_in_use(frozen.user_attrs.get("run_dir", ""))]
         for frozen in busy:  # its search was killed: it saves, and this search goes on with it
-            stop_process_in(frozen.user_attrs["run_dir"])
+            if frozen.number not in self.told_to_end:  # a second signal would end it before it has saved
+                self.told_to_end.add(frozen.number)
+                stop_process_in(frozen.user_attrs["run_dir"])
         free = [frozen for frozen in alone if frozen not in busy]
         while len(self.running) + len(busy) < self.args.jobs:
             if free:
