@@ -30,10 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import main
-from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, ImageIndex, index_folders, make_loader, read_all
+from dataset_double import (
+    AugmentedSkinDataset,
+    DoubleSkinDataset,
+    EpochSampler,
+    ImageIndex,
+    index_folders,
+    make_loader,
+    read_all,
+)
 from demo import draw_patch
 from engine import DeviceBatches, Engine, RunningFigures, keep_freed_memory, resolve_amp
 from files import UserError, progress_bar, write_json
+from flags import parse_args
 from image_cache import ImageCache, Paths
 from model import IMAGENET_MEAN, IMAGENET_STD, Model
 from utils import CBLoss
@@ -119,7 +128,7 @@ def _input_rates(side, device):
         originals = DoubleSkinDataset(read_into_cache(photos, Path(folder, "cache")), IMAGE_SIZE)
         augmented = AugmentedSkinDataset(originals, 10 * PHOTOS, on_device=device.type == "cuda")
         copies = Subset(augmented, range(PHOTOS, len(augmented)))
-        loader = make_loader(copies, BATCH_SIZE, shuffle=True)
+        loader = make_loader(copies, BATCH_SIZE, sampler=EpochSampler(copies, seed=0))
 
         def reference():
             return process.submit(reference_input_rate, photos, device).result()
@@ -249,12 +258,12 @@ def _startup(count, device):
     with tempfile.TemporaryDirectory() as folder:
         write_many_files(Path(folder, "photos"), count)
         flags = ["--data_dirs", f"{folder}/photos", "--cache_dir", f"{folder}/cache", "--image_size", "32"]
-        args, _ = main.parse_args([*flags, "--no-pretrained", "--use_augmentation"], folder)
+        args, _ = parse_args([*flags, "--no-pretrained", "--use_augmentation"], folder)
 
         def start():
             started = time.perf_counter()
             parts = main.split_data(args)
-            loader = main.loader_for(main.make_train_set(args, parts["train"], device), args, device, training=True)
+            loader = main.train_loader_for(args, parts["train"], device)
             next(iter(loader))
             return time.perf_counter() - started
 
@@ -291,7 +300,7 @@ def measure_memory(device):
         )
         dataset = AugmentedSkinDataset(DoubleSkinDataset(million, IMAGE_SIZE), on_device=device.type == "cuda")
         before = children_of(os.getpid())
-        batches = iter(make_loader(dataset, BATCH_SIZE, shuffle=True, num_workers=2))
+        batches = iter(make_loader(dataset, BATCH_SIZE, sampler=EpochSampler(dataset, seed=0), num_workers=2))
         for _ in range(100):
             next(batches)
         workers = children_of(os.getpid()) - before

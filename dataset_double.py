@@ -14,15 +14,17 @@ import re
 import signal
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from files import UserError
@@ -30,6 +32,7 @@ from image_cache import ImageCache, Paths, image_size_limit, limit_image_size, r
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
+MOST_FOLDS_A_SPLIT = 10  # which the shares of --split are made up of, where groups stay together
 MOST_LISTED = 100  # lines about images that are lost
 
 # each loader worker and each scanning thread handles an image of its own: threads inside OpenCV would only fight them
@@ -219,26 +222,60 @@ def check_fractions(fractions, separate):
             raise UserError(f"--split: {text} leaves no images for {part}")
 
 
-def stratified_split(index, fractions, seed, separate=()):
+def stratified_split(index, fractions, seed, separate=(), groups=None):
     """Split an index by class shares -> {part: ImageIndex} for the parts that are not in `separate`.
 
-    fractions: of train, val, test; those of `separate` parts are shared out among the rest.
-    A class that is too small may miss in a part: see `check_every_class_in_every_part`.
+    fractions: of train, val, test; those of `separate` parts are shared out among the rest. groups: (N,) int, images of
+    one stay together. A class that is too small may miss in a part: see `check_every_class_in_every_part`.
     """
     wanted = [(part, fraction) for part, fraction in zip(PARTS, fractions, strict=True) if part not in separate]
     rest, parts = np.arange(len(index)), {}
     share_left = sum(fraction for _, fraction in wanted)
     for part, fraction in reversed(wanted[1:]):
-        try:
-            rest, chosen = train_test_split(
-                rest, test_size=fraction / share_left, stratify=index.targets[rest], random_state=seed
-            )
-        except ValueError:  # a class with one image left, or fewer images than classes: too small
-            chosen = rest[:0]
-        parts[part] = index.subset(np.sort(chosen))
+        rest, chosen = _take_share(rest, fraction / share_left, index.targets, groups, seed)
+        parts[part] = index.subset(chosen)
         share_left -= fraction
-    parts["train"] = index.subset(np.sort(rest))
+    parts["train"] = index.subset(rest)
     return parts
+
+
+def fold_split(index, folds, fold, fractions, seed, groups=None):
+    """Fold number `fold` of `folds`: its images are the test, the rest is split as train is to val in `fractions`."""
+    everything = np.arange(len(index))
+    chosen = _folds(everything, folds, index.targets, groups, seed)[fold]
+    rest, val = _take_share(
+        np.setdiff1d(everything, chosen), fractions[1] / (fractions[0] + fractions[1]), index.targets, groups, seed
+    )
+    return {"train": index.subset(rest), "val": index.subset(val), "test": index.subset(chosen)}
+
+
+def _take_share(positions, share, targets, groups, seed):
+    """-> (what is left, what is chosen), sorted: `share` of the positions, of each class alike."""
+    if groups is None:
+        try:
+            rest, chosen = train_test_split(positions, test_size=share, stratify=targets[positions], random_state=seed)
+        except ValueError:  # a class with one image left, or fewer images than classes: too small
+            return positions, positions[:0]
+        return np.sort(rest), np.sort(chosen)
+    # as many folds as make up the share
+    parts = Fraction(share).limit_denominator(MOST_FOLDS_A_SPLIT)
+    folds = _folds(positions, parts.denominator, targets, groups, seed)
+    chosen = np.sort(np.concatenate(folds[: parts.numerator]))
+    return np.setdiff1d(positions, chosen), chosen
+
+
+def _folds(positions, folds, targets, groups, seed):
+    """-> `folds` sorted arrays, of each class alike. Groups stay together, which may leave class shares uneven."""
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splitter = kind(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of small classes, which are checked afterwards
+        try:
+            split = list(splitter.split(positions, targets[positions], None if groups is None else groups[positions]))
+        except ValueError as error:
+            few = "images" if groups is None else "images or groups"
+            raise UserError(f"--folds / --split / --group_regex: too few {few} for {folds} folds ({error})") from error
+    return [positions[chosen] for _, chosen in split]
 
 
 def check_every_class_in_every_part(parts, fractions):
@@ -362,13 +399,17 @@ class AugmentedSkinDataset(Dataset):
 
     A class above the target keeps all its originals. The copies of an epoch are drawn anew from (seed, epoch,
     position), whatever process draws them. Costs 4 bytes a position: images are read when they are asked for.
+    augment_all: the originals are augmented too.
 
-    [position] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> the batch. With
-    `on_device` the images come as they are, and behind the targets the parameters (N, 9) for `augment_batch`.
+    [position] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> the batch. Positions
+    from the length on go round: further copies, of which a `ClassSampler` makes use. With `on_device` the images come
+    as they are, and behind the targets the parameters (N, 9) for `augment_batch`.
     """
 
-    def __init__(self, originals, target_samples_per_class=None, methods=None, seed=42, on_device=False):
-        self.originals, self.seed, self.on_device = originals, seed, on_device
+    def __init__(
+        self, originals, target_samples_per_class=None, methods=None, seed=42, on_device=False, augment_all=False
+    ):
+        self.originals, self.seed, self.on_device, self.augment_all = originals, seed, on_device, augment_all
         self.methods = tuple(AUGMENTATIONS if methods is None else methods)
         counts = originals.index.counts()
         target = counts.max() if target_samples_per_class is None else target_samples_per_class
@@ -392,8 +433,8 @@ class AugmentedSkinDataset(Dataset):
         return np.bincount(index.targets[self.sources], minlength=len(index.classes))
 
     def parameters(self, position):
-        """-> (9,) of `draw_parameters`; originals stay as they are."""
-        if position < len(self.originals):
+        """-> (9,) of `draw_parameters`; originals stay as they are, unless all are augmented."""
+        if position < len(self.originals) and not self.augment_all:
             return IDENTITY
         return draw_parameters(self.methods, np.random.default_rng((self.seed, int(self.epoch), position)))
 
@@ -403,7 +444,7 @@ class AugmentedSkinDataset(Dataset):
 
     def __getitems__(self, positions):
         """-> (images (N, 3, image_size, image_size) uint8, targets (N,) int64[, parameters (N, 9) float32])."""
-        sources = self.sources[positions]
+        sources = self.sources[np.asarray(positions) % len(self.sources)]
         parameters = [self.parameters(position) for position in positions]
         if self.on_device:
             images, targets = self.originals.__getitems__(sources)
@@ -444,8 +485,8 @@ def _end_workers():
 class EpochSampler(DistributedSampler):
     """Every position once, shuffled by (seed, epoch) alone; an epoch may begin in its middle."""
 
-    def __init__(self, dataset, shuffle, seed):
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+    def __init__(self, dataset, seed):
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
         self.skipped = 0
 
     def set_epoch(self, epoch, skipped=0):
@@ -460,19 +501,57 @@ class EpochSampler(DistributedSampler):
         return super().__len__() - self.skipped
 
 
+SAMPLINGS = ("instance", "balanced", "sqrt", "progressive")
+
+
+class ClassSampler(EpochSampler):
+    """As many positions an epoch as there are images, each class with a share of its own (Kang et al. 2020, sec. 4.1).
+
+    The share of a class with n images is by `sampling`: "balanced" the same for all, "sqrt" as the root of n,
+    "progressive" as n in the first epoch and nearer to the same for all with each of `epochs`. Its images take turns,
+    so that none comes more than once above another; when an image comes again in an epoch, its position is
+    `len(dataset)` higher each time.
+    """
+
+    def __init__(self, dataset, sampling, epochs, seed):
+        super().__init__(dataset, seed)
+        self.sampling, self.epochs = sampling, epochs
+        index = dataset.originals.index
+        self.members = [np.flatnonzero(index.targets == c) for c in range(len(index.classes))]
+
+    def shares(self, epoch):
+        """-> (C,), summing to 1."""
+        natural = np.array([len(members) for members in self.members]) / len(self.dataset)
+        balanced = np.full(len(natural), 1 / len(natural))
+        if self.sampling == "progressive":
+            return natural + min(1, epoch / self.epochs) * (balanced - natural)
+        return balanced if self.sampling == "balanced" else np.sqrt(natural) / np.sqrt(natural).sum()
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        # rounded up or down at random, so that the shares hold over the epochs
+        ends = np.floor(np.cumsum(self.shares(self.epoch)) * len(self.dataset) + rng.random()).astype(int)
+        ends[-1] = len(self.dataset)
+        positions = []
+        for members, number in zip(self.members, np.diff(ends, prepend=0), strict=True):
+            times = np.arange(number) // len(members)
+            positions.append(np.resize(rng.permutation(members), number) + times * len(self.dataset))
+        yield from rng.permutation(np.concatenate(positions))[self.skipped :].tolist()
+
+
 def _as_it_is(batch):
     return batch
 
 
-def make_loader(dataset, batch_size, *, shuffle=False, seed=0, num_workers=0, pin_memory=False):
+def make_loader(dataset, batch_size, *, sampler=None, seed=0, num_workers=0, pin_memory=False):
     """Batches as the data set gives them: (images (N, 3, S, S) uint8, targets (N,) int64[, parameters (N, 9)]).
 
-    Shuffled by (seed, epoch): call `loader.sampler.set_epoch`.
+    sampler: an EpochSampler, whose `set_epoch` is to be called; None: every image in the order of the index.
     """
     return DataLoader(
         dataset,
         batch_size,
-        sampler=EpochSampler(dataset, shuffle, seed),
+        sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_it_is,  # the data sets give whole batches
         pin_memory=pin_memory,

@@ -1,5 +1,6 @@
 """One epoch of training and one pass of evaluation, on whatever device; they share their batches and forward pass."""
 
+import bisect
 import ctypes
 import itertools
 import math
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
 from dataset_double import augment_batch
 from files import UserError, progress_bar
@@ -57,10 +60,17 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # large pieces too come from the memory that is kept
 
 
-def lr_lambda(warmup_steps, total_steps):
-    """Factor on the learning rate at a step: linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
+def lr_lambda(cycles):
+    """Factor on the learning rate at a step: linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017).
+
+    cycles: [(steps of warm-up, steps in all)], one after the other.
+    """
+
+    starts = list(itertools.accumulate((steps for _, steps in cycles[:-1]), initial=0))
 
     def factor(step):
+        number = bisect.bisect_right(starts, step) - 1
+        step, (warmup_steps, total_steps) = step - starts[number], cycles[number]
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -171,6 +181,22 @@ def _naming_failures():
         raise
 
 
+class Mixer:
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of torchvision; where both are on, one of them a batch.
+
+    images: (N, 3, H, W) float -> (mixed images, share): image i is `share` of itself, the rest of image i - 1.
+    """
+
+    def __init__(self, mixup_alpha, cutmix_alpha):
+        kinds = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
+        self.transform = v2.RandomChoice([kind(alpha=alpha) for kind, alpha in kinds.items() if alpha])
+
+    def __call__(self, images):
+        # each image a class of its own: so the shares can be read off, and any loss be mixed
+        mixed, shares = self.transform(images, torch.eye(len(images)))
+        return mixed, shares[0, 0].item()
+
+
 @dataclass
 class Engine:
     """A model with all that is needed to train and evaluate it on `device`, in `amp_dtype` (None: float32)."""
@@ -184,20 +210,47 @@ class Engine:
     clip_grad: float = 0.0  # largest norm of the gradient; 0: not clipped
     grad_accum: int = 1  # batches a step of the optimizer
     compile: bool = False
+    mixer: Mixer | None = None
+    ema: float = 0.0  # decay of the average of the weights that is evaluated instead of them; 0: none
 
     def __post_init__(self):
         self.model.to(self.device, memory_format=torch.channels_last)
         self.criterion.to(self.device)
+        self.average = None
+        if self.ema:
+            average = get_ema_multi_avg_fn(self.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if self.compile:
             self.model.compile()
         # scales the loss under float16 only, whose small gradients would vanish; elsewhere it does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
-    def forward(self, images):
-        """images: (N, 3, H, W) uint8 on this device -> logits: (N, C) float32."""
+    @property
+    def evaluated(self):
+        """The model that is evaluated and kept: the averaged one where there is one."""
+        return self.average.module if self.average else self.model
+
+    def forward(self, model, images):
+        """images: (N, 3, H, W) on this device, as `Model` takes them -> logits: (N, C) float32."""
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return self.model(images).float()
+            return model(images).float()
+
+    def retrain_head(self, anew):
+        """Classifier re-training (Kang et al. 2020): only the head is trained from now on."""
+        self.model.freeze_backbone()
+        if anew:
+            self.model.head.reset_parameters()
+            for parameter in self.model.head.parameters():
+                self.optimizer.state.pop(parameter, None)
+            if self.average:
+                self.average.module.load_state_dict(self.model.state_dict())
+
+    def load_initial_weights(self, state_dict, classes, own_classes):
+        """See `Model`."""
+        self.model.load_initial_weights(state_dict, classes, own_classes)
+        if self.average:
+            self.average.module.load_state_dict(self.model.state_dict())
 
     def check_weights(self):
         """Raise UserError if a weight is not finite any more: a step can do that behind a loss that was finite."""
@@ -248,8 +301,7 @@ class Engine:
         group_size = sum(len(targets) for _, targets in batches)
         self.optimizer.zero_grad(set_to_none=True)
         for images, targets in batches:
-            logits = self.forward(resize(images, image_size) if image_size else images)
-            loss = self.criterion(logits, targets)
+            logits, loss = self._logits_and_loss(resize(images, image_size) if image_size else images, targets)
             self.scaler.scale(loss * (len(targets) / group_size)).backward()
             figures.add(loss, logits, targets)
         if self.clip_grad:
@@ -258,23 +310,43 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def _logits_and_loss(self, images, targets):
+        if self.mixer is None:
+            logits = self.forward(self.model, images)
+            return logits, self.criterion(logits, targets)
+        images, share = self.mixer(self.model.normalise(images))
+        logits = self.forward(self.model, images)
+        others = targets.roll(1)
+        return logits, share * self.criterion(logits, targets) + (1 - share) * self.criterion(logits, others)
+
+    @torch.inference_mode()
+    def loss_of(self, logits, targets):
+        """(N, C), (N,) -> the mean loss, a plain number."""
+        return self.criterion(logits.to(self.device), targets.to(self.device)).item()
 
     @_naming_failures()
     @torch.inference_mode()
-    def evaluate(self, loader, name, after_batch=None):
+    def evaluate(self, loader, name, after_batch=None, mirrored=False):
         """Every image once -> (mean loss, probabilities (N, C) float32 array, targets (N,) int64 array).
 
-        after_batch: called after each batch; it may raise to leave.
+        after_batch: called after each batch; it may raise to leave. mirrored: test-time augmentation, the mean logits
+        of each image and its mirror image.
         """
-        self.model.eval()
+        model = self.evaluated.eval()
         batches = []
         for images, targets in progress_bar(DeviceBatches(loader, self.device), name):
-            batches.append((self.forward(images), targets))
+            logits = self.forward(model, images)
+            if mirrored:
+                logits = (logits + self.forward(model, images.flip(-1))) / 2
+            batches.append((logits, targets))
             if after_batch:
                 after_batch()
         logits = torch.cat([logits for logits, _ in batches])
         targets = torch.cat([targets for _, targets in batches])
-        loss = self.criterion(logits, targets).item()
+        loss = self.loss_of(logits, targets)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss on the images of {name} is {loss}: the model has diverged, or its file is damaged"

@@ -224,4 +224,4 @@ def write_predictions(path, image_paths, targets, probabilities, classes):
         writer.writerow(["path", "label", "prediction", "correct", *(f"prob_{name}" for name in classes)])
         for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
             correct = int(target == prediction)
-            writer.writerow([image_path, classes[target], classes[prediction], correct, *(f"{p:.6f}" for p in row)])
+            writer.writerow([image_path, classes[target], classes[prediction], correct, *(f"{p:.7g}" for p in row)])

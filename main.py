@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
-"""Train a ResNet-50 to grade skin conditions from very unequal class folders.
+"""Train a ResNet-50 to grade skin conditions from very unequal class folders: the experiment from top to bottom.
 
-python main.py --demo
-python main.py --data_dirs data/forehead_wrinkles --train_loss cb --use_augmentation
-python main.py --resume checkpoints_20260101_120000/last_model.pth
-python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
+python main.py --help tells the flags, which are in flags.py.
 """
 
 import argparse
@@ -20,28 +17,31 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from joblib import cpu_count
 
 import demo
+import posthoc
 import report
 import tracking
 from dataset_double import (
-    AUGMENTATIONS,
     PARTS,
     AugmentedSkinDataset,
+    ClassSampler,
     DoubleSkinDataset,
+    EpochSampler,
     check_doubles,
     check_every_class_in_every_part,
     check_every_folder_is_used,
-    check_fractions,
+    fold_split,
     index_folders,
     make_loader,
     read_all,
     restore_split,
     stratified_split,
 )
-from engine import Engine, RunningFigures, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
+from engine import Engine, Mixer, RunningFigures, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
 from files import (
     LossyStream,
     UserError,
@@ -53,9 +53,11 @@ from files import (
     write_json,
     write_predictions,
 )
+from flags import ORDER_FLAGS, WRITTEN_TO, first_look, is_inside, parse_args
 from image_cache import ImageCache, default_cache_dir, limit_image_size
+from leaks import check_groups, groups_of, warn_of_grouped_names, warn_of_near_duplicates
 from metrics import full_metrics, recalls, summary_metrics
-from model import Model, backbone_state_dict, load_checkpoint, read_weights
+from model import Model, backbone_state_dict, checkpoint_bytes, load_checkpoint, read_weights, save_checkpoint
 from resnet_custom import imagenet_state_dict
 from resuming import (
     BEST,
@@ -64,249 +66,10 @@ from resuming import (
     Keeper,
     Signals,
     Stopped,
-    checkpoint_to_go_on_with,
     set_damaged_aside,
     settle_best_model,
 )
-from utils import TRAIN_LOSSES, build_loss, class_balanced_weights, effective_number
-
-# ------------------------------------------------------------------------------------------------------------ flags
-
-DEMO_DEFAULTS = {
-    "image_size": 64,
-    "epochs": 8,
-    "learning_rate": 1e-3,
-    "use_augmentation": True,
-    "pretrained": False,
-    "wandb_mode": "disabled",
-}
-# flags of the checkpoint's run that say nothing about the run that resumes it
-NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
-# flags that name a place to write to: a checkpoint from elsewhere must not choose one
-WRITTEN_TO = ("cache_dir", "wandb_dir")
-# flags whose work is done: the split is made, the training has begun, the best model so far was chosen
-FIXED_ON_RESUME = ("split", "pretrained", "weights")
-FIXED_IN_TRAINING = ("best_metric",)
-BEST_METRICS = ("val_balanced_acc", "val_macro_f1")  # by which the best epoch can be chosen
-# flags that set which image of an epoch comes when
-ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see python {self.prog} --help)")
-
-
-def number(cast, low=-math.inf, high=math.inf, below=math.inf, above=-math.inf):
-    """An argparse type: a finite number, low <= n <= high, above < n < below."""
-
-    def parse(text):
-        value = cast(text)
-        if not (math.isfinite(value) and low <= value <= high and above < value < below):
-            bounds = {"at least": low, "at most": high, "below": below, "above": above}
-            wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted or 'a finite number'}")
-        return value
-
-    parse.__name__ = cast.__name__
-    return parse
-
-
-def truth(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
-
-
-def add_switch(group, name, default, help):
-    """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
-    group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=truth, metavar="BOOL", help=help)
-    group.add_argument(f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help="the contrary")
-
-
-def build_parser():
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="main.py"
-    )
-    add_data_flags(parser.add_argument_group("data"))
-    add_imbalance_flags(parser.add_argument_group("imbalance: loss and augmentation"))
-    add_training_flags(parser.add_argument_group("model and training"))
-    add_run_flags(parser.add_argument_group("run"))
-    add_wandb_flags(parser.add_argument_group("Weights & Biases"))
-    return parser
-
-
-def add_data_flags(group):
-    add = group.add_argument
-    add("--data_dirs", nargs="+", metavar="DIR", help="folders of class folders, merged class by class")
-    add("--val_dirs", nargs="+", metavar="DIR", help="validation images, instead of a share of --data_dirs")
-    add("--test_dirs", nargs="+", metavar="DIR", help="test images, instead of a share of --data_dirs")
-    shares = {"type": number(float), "nargs": 3, "metavar": ("TRAIN", "VAL", "TEST"), "default": [0.6, 0.2, 0.2]}
-    add("--split", **shares, help="shares of the images, stratified by class [0.6 0.2 0.2]")
-    add("--image_size", type=number(int, low=32), default=224, help="side in pixels [224]")
-    add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
-    add("--cache_dir", metavar="DIR", help=f"decoded images are kept here [{default_cache_dir()}]")
-    switch = {"nargs": "?", "const": True, "type": truth, "metavar": "BOOL"}
-    add("--no_cache", **switch, default=False, help="keep none: decode each image whenever it is used")
-    add("--max_megapixels", type=number(float, above=0), default=200, help="larger images are refused [200]")
-    add("--demo", action="store_true", help="draw a small synthetic data set and train on it")
-
-
-def add_imbalance_flags(group):
-    add = group.add_argument
-    add("--train_loss", choices=TRAIN_LOSSES, default="cb", help="[cb]: Class-Balanced Focal loss")
-    cb_forms = ("softmax", "sigmoid")
-    add("--beta", type=number(float, low=0, below=1), default=0.999, help="cb: 0 no weights, near 1 1/n [0.999]")
-    add("--gamma", type=number(float, low=0), default=2.0, help="cb, focal: focus on hard images [2.0]")
-    add("--cb_form", choices=cb_forms, default="softmax", help="cb: sigmoid is the paper's form [softmax]")
-    add("--alpha", type=number(float, above=0), nargs="+", help="focal: weight, one or one a class [1]")
-    add("--smoothing", type=number(float, low=0, below=1), default=0.1, help="label_smoothing [0.1]")
-    add_switch(group, "use_augmentation", False, "oversample by augmented copies until classes are equal")
-    add("--target_samples_per_class", type=number(int, low=1), metavar="N", help="oversample to N [largest class]")
-    names = list(AUGMENTATIONS)
-    add(
-        "--augmentation_methods", nargs="+", choices=names, default=names, metavar="METHOD", help=f"[{' '.join(names)}]"
-    )
-
-
-def add_training_flags(group):
-    add = group.add_argument
-    add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
-    add("--weights", metavar="FILE", help="start from this file: torchvision's, or a checkpoint of ours")
-    add("--dropout_prob", type=number(float, low=0, below=1), default=0.3, help="before the head [0.3]")
-    add("--epochs", type=number(int, low=1), default=100, help="[100]")
-    add("--batch_size", type=number(int, low=1), default=32, help="[32]")
-    add("--learning_rate", "--lr", type=number(float, above=0), default=1e-4, help="AdamW [1e-4]")
-    add("--weight_decay", type=number(float, low=0), default=0.01, help="AdamW [0.01]")
-    add("--warmup_epochs", type=number(float, low=0), default=1.0, help="warm-up, then half a cosine to zero [1]")
-    add("--clip_grad", type=number(float, low=0), default=1.0, help="norm of the gradient; 0: off [1.0]")
-    add("--grad_accum", type=number(int, low=1), default=1, help="batches a step of the optimizer [1]")
-    add_switch(group, "progressive", False, "train on small images first, on the whole size in the last third")
-    add(
-        "--best_metric",
-        choices=BEST_METRICS,
-        default=BEST_METRICS[0],
-        help="decides which epoch is kept [val_balanced_acc]",
-    )
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision [auto]")
-    add_switch(group, "compile", False, "torch.compile: minutes at the start, a faster step")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
-    add("--num_workers", type=number(int, low=0), help="loader processes [0 on a CPU, up to 8 on a GPU]")
-    add("--seed", type=number(int, low=0, below=2**32), default=42, help="[42]")
-
-
-def add_run_flags(group):
-    add = group.add_argument
-    add("--output_dir", default="checkpoints", help="the run's folder is OUTPUT_DIR_YYYYMMDD_HHMMSS [checkpoints]")
-    add("--run_dir", metavar="DIR", help="the run's folder, by its exact name; must be new")
-    add("--resume", metavar="FILE", help="go on with a checkpoint; its flags are the defaults")
-    add_switch(group, "auto_resume", False, "go on with the run in --run_dir; start it if it has not begun")
-    add("--save_every", type=number(int, low=0), default=0, metavar="N", help="save every N steps too; 0: no [0]")
-    minutes = {"type": number(float, low=0), "metavar": "M", "default": 10}
-    add("--save_minutes", **minutes, help="save when an epoch takes longer; 0: no [10]")
-    add_switch(group, "eval_only", False, "test the checkpoint of --resume, train nothing")
-
-
-def add_wandb_flags(group):
-    add = group.add_argument
-    project = os.environ.get("WANDB_PROJECT", "skin-grading")
-    add("--wandb_project", default=project, help="[WANDB_PROJECT, else skin-grading]")
-    add("--wandb_name", default=os.environ.get("WANDB_NAME"), help="[WANDB_NAME, else the name of the run's folder]")
-    add("--wandb_id", help="go on with this W&B run [that of the checkpoint]")
-    add("--wandb_resume", choices=("never", "allow", "must"), default="allow", help="[allow]")
-    add(
-        "--wandb_mode",
-        choices=tracking.MODES,
-        default=tracking.default_mode(),
-        help="[online; goes on offline by itself]",
-    )
-    add("--wandb_dir", metavar="DIR", help="where W&B keeps its files [WANDB_DIR, else the run's folder]")
-    images = {"type": number(int, low=0), "default": 0, "metavar": "N"}
-    add("--wandb_images", **images, help="upload the N worst mistakes of the test, with their photographs [0]")
-    add_switch(group, "wandb_artifact", False, "upload the best checkpoint")
-
-
-def first_look(argv):
-    """-> the flags as they are given, without those of a checkpoint: enough to know the run's folder."""
-    first, _ = build_parser().parse_known_args(argv)
-    if first.eval_only and not first.resume:
-        raise UserError("--eval_only: name the checkpoint to test with --resume FILE")
-    if first.auto_resume and not first.run_dir:
-        raise UserError("--auto_resume: name the run's folder with --run_dir DIR")
-    if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (first.run_dir or first.resume):
-        # a sweep's trial: a folder of its own, in which it goes on when it is handed out again after preemption
-        first.run_dir, first.auto_resume = f"{first.output_dir}_{os.environ['WANDB_RUN_ID']}", True
-    if first.auto_resume and first.resume:
-        raise UserError("--auto_resume: finds the checkpoint in --run_dir by itself; leave out --resume")
-    return first
-
-
-def parse_args(argv, run_dir):
-    """-> (args, the checkpoint to go on with or None). The checkpoint's flags are the defaults of those not given."""
-    parser, first = build_parser(), first_look(argv)
-    checkpoint = load_checkpoint(first.resume) if first.resume else None
-    if first.auto_resume:
-        first.resume, checkpoint = checkpoint_to_go_on_with(run_dir) or (None, None)
-    if checkpoint:
-        known = vars(first).keys() - set(NOT_INHERITED)
-        if "WANDB_MODE" in os.environ:
-            known.discard("wandb_mode")
-        inherited = {name: value for name, value in checkpoint["args"].items() if name in known}
-        check_inherited(parser, inherited, first.resume)
-        for name in WRITTEN_TO:
-            if inherited.get(name) and not is_inside(inherited[name], run_dir):
-                outside = inherited.pop(name)
-                if not getattr(first, name):
-                    print(f"--{name}: not {outside} as in the checkpoint, to use it again give it again")
-        parser.set_defaults(**inherited)
-    elif first.demo:
-        parser.set_defaults(**DEMO_DEFAULTS)
-    args = parser.parse_args(argv)
-    args.resume, args.run_dir = first.resume and str(first.resume), str(run_dir)
-    args.auto_resume = first.auto_resume
-    for name in ("data_dirs", "val_dirs", "test_dirs"):  # absolute, so that a run can be resumed from anywhere
-        if getattr(args, name):
-            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
-    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
-    if checkpoint:
-        check_resume_flags(args, checkpoint)
-    elif not (args.data_dirs or args.demo):
-        raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
-    elif args.data_dirs and args.demo:
-        raise UserError("--demo: makes its own data; leave out --data_dirs")
-    check_fractions(args.split, [part for part in ("val", "test") if getattr(args, f"{part}_dirs")])
-    return args, checkpoint
-
-
-def check_inherited(parser, inherited, path):
-    """Raise UserError if a flag of a checkpoint is none that the command line could have given."""
-    for action in parser._actions:
-        if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
-            continue
-        value = inherited[action.dest]
-        try:
-            values = value if action.nargs in ("+", 3) and value is not None else [value]
-            fine = value in (None, action.default) or all(
-                one == (action.type or str)(str(one)) and (not action.choices or one in action.choices)
-                for one in values
-            )
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            fine = False
-        if not fine:
-            raise UserError(f"--resume: {path} has been altered: its --{action.dest} is {value!r}")
-
-
-def is_inside(path, folder):
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-def check_resume_flags(args, checkpoint):
-    if args.demo and not args.auto_resume:
-        raise UserError("--demo: a run is resumed with its own data; leave out --demo")
-    args.demo = False  # the data are drawn
-    for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
-        if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
-            raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")
+from utils import CrossEntropy, build_loss, class_balanced_weights, effective_number
 
 
 def choose_device(name):
@@ -351,9 +114,19 @@ def split_data(args):
     every_path = [path for one in (index, *separate.values()) for path in one.paths]
     check_doubles(every_path, "--data_dirs / --val_dirs / --test_dirs")
     whole = read_all({"data": index, **separate}, image_cache(args), args.skip_broken)
-    parts = stratified_split(whole.pop("data"), args.split, args.seed, separate)
+    index = whole.pop("data")
+    groups = groups_of(index.paths, args.group_regex) if args.group_regex else None
+    if args.folds:
+        parts = fold_split(index, args.folds, args.fold, args.split, args.seed, groups)
+    else:
+        parts = stratified_split(index, args.split, args.seed, separate, groups)
     parts = {part: {**parts, **whole}[part] for part in PARTS}
     check_every_class_in_every_part(parts, args.split)
+    if args.group_regex:
+        check_groups(parts, args.group_regex)
+    else:
+        warn_of_grouped_names(index.paths)
+    warn_of_near_duplicates(parts)
     return parts
 
 
@@ -409,7 +182,7 @@ def paths_of(parts):
     return {part: list(index.paths) for part, index in parts.items()}
 
 
-def print_class_table(parts, beta):
+def print_class_table(parts, beta, group_regex):
     """One line a class: its images a part, its share, its effective number and its weight in a Class-Balanced loss."""
     counts = {part: index.counts() for part, index in parts.items()}
     train = counts["train"]
@@ -420,6 +193,9 @@ def print_class_table(parts, beta):
         print(f"{name:>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
     totals = " ".join(f"{counts[part].sum():7d}" for part in PARTS)
     print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
+    if group_regex:
+        groups = (len(np.unique(groups_of(parts[part].paths, group_regex))) for part in PARTS)
+        print(f"{'groups':>16} {' '.join(f'{number:7d}' for number in groups)}")
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -436,48 +212,96 @@ def initial_weights(args):
 
 def build_engine(args, device, criterion, num_classes):
     return Engine(
-        Model(num_classes, args.dropout_prob),
+        Model(num_classes, args.dropout_prob, cosine_head=args.train_loss == "ldam"),
         criterion,
         device,
         resolve_amp(args.amp, device),
         clip_grad=args.clip_grad,
         grad_accum=args.grad_accum,
         compile=args.compile,
+        mixer=Mixer(args.mixup, args.cutmix) if args.mixup or args.cutmix else None,
+        ema=0 if args.eval_only else args.ema,
     )
 
 
-def add_optimizer(engine, args, steps_per_epoch):
-    """AdamW and the schedule of its learning rate, step by step."""
-    engine.optimizer = torch.optim.AdamW(
-        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
-    total_steps = args.epochs * steps_per_epoch
-    warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps // 2)
-    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(warmup_steps, total_steps))
+@dataclass
+class Stage:
+    """Epochs from `start` to before `end` that are trained alike."""
+
+    start: int
+    end: int
+    loader: torch.utils.data.DataLoader
+    criterion: torch.nn.Module
+    head_only: bool = False
+
+    def steps(self, grad_accum):
+        """Steps of the optimizer in an epoch."""
+        return math.ceil(len(self.loader) / grad_accum)
 
 
-def make_train_set(args, index, device):
-    train_set = DoubleSkinDataset(index, args.image_size)
-    if not args.use_augmentation:
-        return train_set
-    wanted = args.target_samples_per_class, args.augmentation_methods
-    oversampled = AugmentedSkinDataset(train_set, *wanted, args.seed, on_device=device.type == "cuda")
-    print(f"oversampled by augmentation: {len(train_set)} -> {len(oversampled)} images an epoch")
-    return oversampled
+def plan_stages(args, index, criterion, device):
+    """The stages of a training, in their order: what `--drw_epoch` defers, all of it, and the head of `--crt_epochs`.
+
+    index: the original training images; criterion: the loss of `--train_loss`.
+    """
+    stages, end = [], args.epochs - args.crt_epochs
+    if args.drw_epoch:
+        plain = argparse.Namespace(**{**vars(args), "use_augmentation": False, "sampling": "instance"})
+        before = make_loss(args, index.counts(), weighted=False)
+        stages.append(Stage(0, args.drw_epoch, train_loader_for(plain, index, device), before))
+    stages.append(Stage(args.drw_epoch, end, train_loader_for(args, index, device), criterion))
+    if args.crt_epochs:
+        balanced = argparse.Namespace(**{**vars(args), "use_augmentation": False, "sampling": "balanced"})
+        loader = train_loader_for(balanced, index, device)
+        stages.append(Stage(end, args.epochs, loader, CrossEntropy(), head_only=True))
+    for stage in stages:
+        stage.criterion.to(device)
+    return stages
 
 
-def loader_for(index_or_dataset, args, device, training=False):
-    """Evaluation keeps the order of the index and takes larger batches, as it needs no memory for gradients."""
+def train_loader_for(args, index, device):
+    """Batches of the training images, oversampled as the flags say."""
+    train_set, sampling = DoubleSkinDataset(index, args.image_size), args.sampling
+    if args.use_augmentation or args.augment_all or sampling != "instance":
+        target = args.target_samples_per_class if args.use_augmentation else 1  # 1: no copies
+        about = {"seed": args.seed, "on_device": device.type == "cuda", "augment_all": args.augment_all}
+        train_set = AugmentedSkinDataset(train_set, target, args.augmentation_methods, **about)
+    if sampling == "instance":
+        sampler = EpochSampler(train_set, args.seed)
+    else:
+        sampler = ClassSampler(train_set, sampling, args.epochs - args.crt_epochs, args.seed)
+    return loader_for(train_set, args, device, args.batch_size, sampler)
+
+
+def val_loader_for(index, args, device):
+    """Every image in the order of the index, in larger batches, as evaluation needs no memory for gradients."""
+    return loader_for(DoubleSkinDataset(index, args.image_size), args, device, 2 * args.batch_size)
+
+
+def loader_for(dataset, args, device, batch_size, sampler=None):
     workers = args.num_workers
     if workers is None:
         workers = min(8, cpu_count()) if device.type == "cuda" else 0
-    return make_loader(
-        index_or_dataset if training else DoubleSkinDataset(index_or_dataset, args.image_size),
-        args.batch_size if training else 2 * args.batch_size,
-        shuffle=training,
-        seed=args.seed,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
+    options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    return make_loader(dataset, batch_size, sampler=sampler, seed=args.seed, **options)
+
+
+def add_optimizer(engine, args, stages):
+    """AdamW and the schedule of its learning rate, step by step; that of `--crt_epochs` is one of its own."""
+    engine.optimizer = torch.optim.AdamW(
+        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    steps = [(stage.end - stage.start) * stage.steps(args.grad_accum) for stage in stages]
+    joint, separate = (steps[:-1], steps[-1:]) if args.crt_epochs else (steps, [])
+    warmup_steps = min(round(args.warmup_epochs * stages[0].steps(args.grad_accum)), sum(joint) // 2)
+    factor = lr_lambda([(warmup_steps, sum(joint)), *((0, steps) for steps in separate)])
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, factor)
+
+
+def steps_before(epoch, stages, grad_accum):
+    """Steps of the optimizer in all epochs before one."""
+    return sum(
+        (min(epoch, stage.end) - stage.start) * stage.steps(grad_accum) for stage in stages if stage.start < epoch
     )
 
 
@@ -513,10 +337,12 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, po
     return {
         "epoch": progress.epoch,
         "position": position,
-        "model_state_dict": engine.model.state_dict(),
+        "model_state_dict": engine.evaluated.state_dict(),
+        "raw_state_dict": engine.model.state_dict() if engine.average else {},
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "scheduler_state_dict": engine.scheduler.state_dict(),
         "scaler_state_dict": engine.scaler.state_dict(),
+        "posthoc": None,
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,
         "best_epoch": progress.best_epoch,
@@ -531,17 +357,21 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, po
     }
 
 
-def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
+def restore(engine, checkpoint, args, stages, run_dir):
     """Put model, optimizer, schedule, scaler and random state back. -> (Progress, the position in the epoch after it).
 
     Flags given anew win.
     """
-    position = checkpoint["position"]
-    if position and any(getattr(args, name) != checkpoint["args"].get(name) for name in ORDER_FLAGS):
+    position, former = checkpoint["position"], checkpoint["args"]
+    names = (*ORDER_FLAGS, "epochs") if args.sampling == "progressive" or args.crt_epochs else ORDER_FLAGS
+    if position and any(getattr(args, name) != former.get(name, getattr(args, name)) for name in names):
         print(f"epoch {checkpoint['epoch'] + 1} begins again: its images come in another order now")
         position = None
     try:
-        engine.model.load_state_dict(checkpoint["model_state_dict"])
+        engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
+        if engine.average:
+            engine.model.load_state_dict(checkpoint["raw_state_dict"] or checkpoint["model_state_dict"])
+            engine.average.n_averaged.fill_(1)  # it has begun: go on averaging
         engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
@@ -552,7 +382,8 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     where = f", after {position['images']} of its images" if position else ""
     print(f"going on with epoch {checkpoint['epoch'] + 1}{where}")
     steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
-    engine.scheduler.last_epoch = (checkpoint["epoch"] + 1) * steps_per_epoch + steps  # in steps, as it is stepped
+    # in steps, as it is stepped
+    engine.scheduler.last_epoch = steps_before(checkpoint["epoch"] + 1, stages, args.grad_accum) + steps
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
@@ -563,14 +394,17 @@ def restore(engine, checkpoint, args, steps_per_epoch, run_dir):
     return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), position
 
 
-def train_and_validate(engine, train_loader, val_loader, figures, args, keeper):
+def train_and_validate(engine, stage, val_loader, figures, args, keeper):
     """One epoch, or what is left of it. figures: its `RunningFigures`. -> its row of `history.csv`."""
-    train_loader.sampler.set_epoch(figures.epoch, skipped=figures.images)
-    if isinstance(train_loader.dataset, AugmentedSkinDataset):
-        train_loader.dataset.set_epoch(figures.epoch)
+    stage.loader.sampler.set_epoch(figures.epoch, skipped=figures.images)
+    if isinstance(stage.loader.dataset, AugmentedSkinDataset):
+        stage.loader.dataset.set_epoch(figures.epoch)
+    engine.criterion = stage.criterion
+    if stage.head_only:
+        engine.retrain_head(anew=figures.epoch == stage.start and not figures.images)
     image_size = progressive_size(figures.epoch, args.epochs, args.image_size) if args.progressive else None
     visit = functools.partial(keeper.visit, figures)
-    row = engine.train_one_epoch(train_loader, figures, image_size, after_step=visit)
+    row = engine.train_one_epoch(stage.loader, figures, image_size, after_step=visit)
     started = time.perf_counter()
     name = f"validation (epoch {figures.epoch})"
     val_loss, probabilities, targets = engine.evaluate(val_loader, name, after_batch=visit)
@@ -578,6 +412,19 @@ def train_and_validate(engine, train_loader, val_loader, figures, args, keeper):
     val["val_recall"] = recalls(targets, probabilities, val_loader.dataset.index.classes)
     seconds = figures.seconds + time.perf_counter() - started
     return {"epoch": figures.epoch, **row, "val_loss": val_loss, **val, "seconds": seconds}
+
+
+def print_stages(stages, num_originals):
+    for stage in stages:
+        dataset, sampler = stage.loader.dataset, stage.loader.sampler
+        what = [type(stage.criterion).__name__]
+        if len(dataset) > num_originals:
+            what.append(f"oversampled by augmentation: {num_originals} -> {len(dataset)} images an epoch")
+        if isinstance(sampler, ClassSampler):
+            what.append(f"{sampler.sampling} sampling")
+        if stage.head_only:
+            what.append("a new head on the frozen backbone")
+        print(f"epochs {stage.start} to {stage.end - 1}: {', '.join(what)}")
 
 
 def print_epoch(row, epochs, improved):
@@ -591,35 +438,68 @@ def print_epoch(row, epochs, improved):
     )
 
 
+# ------------------------------------------------------------------------------------------------------- evaluating
+
+
 def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     """Evaluate the checkpoint's model, which `engine` has, on each part; write predictions and the confusion matrix.
 
+    What is fitted after training is the checkpoint's, or fitted on the validation images where it has none.
     -> (results, {part: probabilities (N, C)}).
     """
-    classes = parts["test"].classes
+    classes, samples_per_cls = parts["test"].classes, checkpoint["samples_per_cls"]
     results, probabilities = {"best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
-        loss, probabilities[part], targets = engine.evaluate(loader_for(index, args, engine.device), part)
-        results[part] = {"loss": loss, **full_metrics(targets, probabilities[part], classes)}
+        loader = val_loader_for(index, args, engine.device)
+        loss, probabilities[part], targets = engine.evaluate(loader, part)
+        results[part] = {"loss": loss, **figures_of(probabilities[part], index, args, checkpoint)}
         write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities[part], classes)
-    results |= {"classes": classes, "samples_per_cls": checkpoint["samples_per_cls"]}
+        if args.tta:
+            loss, mirrored, _ = engine.evaluate(loader, f"{part}, mirrored", mirrored=True)
+            figures = {"loss": loss, **figures_of(mirrored, index, args, checkpoint)}
+            results.setdefault("tta", {})[part] = figures
+    fitted = checkpoint["posthoc"]
+    if not fitted and "val" in parts:
+        metric = checkpoint["best_metric_name"].removeprefix("val_")
+        fitted = posthoc.fit(parts["val"].targets, probabilities["val"], samples_per_cls, metric)
+    if fitted:
+        results["posthoc"] = dict(fitted)
+        for part, index in parts.items():
+            adjusted = posthoc.adjust(probabilities[part], samples_per_cls, **fitted)
+            loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
+            results["posthoc"][part] = {"loss": loss, **figures_of(adjusted, index, args, checkpoint)}
+    results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, probabilities
 
 
+def figures_of(probabilities, index, args, checkpoint):
+    ordinal = args.ordinal or args.train_loss == "ordinal"
+    return full_metrics(index.targets, probabilities, index.classes, checkpoint["samples_per_cls"], ordinal)
+
+
 def print_results(results, epoch, run_dir):
-    print(f"model of epoch {epoch}:")
+    print(f"model of epoch {epoch} (in brackets: 95 % intervals):")
     for part in ("val", "test"):
         if part in results:
-            figures = results[part]
-            print(
-                f"{part:>4}: balanced accuracy {figures['balanced_acc']:.3f}, macro F1 {figures['macro_f1']:.3f}, "
-                f"accuracy {figures['acc']:.3f}, loss {figures['loss']:.4f}"
-            )
-    recalls = ", ".join(f"{name} {figures['recall']:.2f}" for name, figures in results["test"]["per_class"].items())
+            print_figures(part, results[part])
+    for name, about in (("tta", "with the mirror image"), ("posthoc", "with logit adjustment")):
+        if name in results:
+            tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
+            print_figures(f"test {about}{tau}", results[name]["test"])
+    occurring = {name: row["recall"] for name, row in results["test"]["per_class"].items() if row["support"]}
+    recalls = ", ".join(f"{name} {recall:.2f}" for name, recall in occurring.items())
     print(f"test recall a class: {recalls}")
     print(f"results lie in {run_dir}")
+
+
+def print_figures(title, figures):
+    words = []
+    for name, word in (("balanced_acc", "balanced accuracy"), ("macro_f1", "macro F1"), ("acc", "accuracy")):
+        low, high = figures[f"{name}_ci"]
+        words.append(f"{word} {figures[name]:.3f} [{low:.3f}, {high:.3f}]")
+    print(f"{title:>4}: {', '.join(words)}, loss {figures['loss']:.4f}")
 
 
 # -------------------------------------------------------------------------------------------------- the experiment
@@ -637,22 +517,21 @@ def train(args, checkpoint, device, run_dir, signals):
     parts = restore_data(args, checkpoint) if checkpoint else split_data(args)
     classes = parts["train"].classes
     samples_per_cls = parts["train"].counts()
-    print_class_table(parts, args.beta)
+    print_class_table(parts, args.beta, args.group_regex)
     criterion = make_loss(args, samples_per_cls)
 
-    train_set = make_train_set(args, parts["train"], device)
+    stages = plan_stages(args, parts["train"], criterion, device)
+    print_stages(stages, len(parts["train"]))
+    val_loader = val_loader_for(parts["val"], args, device)
     engine = build_engine(args, device, criterion, len(classes))
-    train_loader = loader_for(train_set, args, device, training=True)
-    val_loader = loader_for(parts["val"], args, device)
-    steps_per_epoch = math.ceil(len(train_loader) / args.grad_accum)
-    add_optimizer(engine, args, steps_per_epoch)
+    add_optimizer(engine, args, stages)
     progress, position = Progress(), None
     if args.auto_resume and checkpoint and Path(args.resume).name == PREVIOUS:
         set_damaged_aside(run_dir)
     if checkpoint:
-        progress, position = restore(engine, checkpoint, args, steps_per_epoch, run_dir)
+        progress, position = restore(engine, checkpoint, args, stages, run_dir)
     elif state_dict:
-        engine.model.load_initial_weights(*state_dict, classes)
+        engine.load_initial_weights(*state_dict, classes)
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_of(parts))
     write_history(run_dir / "history.csv", progress.history)
@@ -667,7 +546,8 @@ def train(args, checkpoint, device, run_dir, signals):
             for epoch in range(progress.epoch + 1, args.epochs):
                 figures = RunningFigures(epoch, engine.device, position)
                 position = None
-                row = train_and_validate(engine, train_loader, val_loader, figures, args, keeper)
+                stage = next(stage for stage in stages if epoch < stage.end)
+                row = train_and_validate(engine, stage, val_loader, figures, args, keeper)
                 improved = progress.add_epoch(row, args.best_metric)
                 print_epoch(row, args.epochs, improved)
                 keeper.end_epoch(improved)
@@ -675,9 +555,12 @@ def train(args, checkpoint, device, run_dir, signals):
             keeper.finish()
 
         best = load_checkpoint(run_dir / BEST)
-        engine.model.load_state_dict(best["model_state_dict"])
+        engine.evaluated.load_state_dict(best["model_state_dict"])
+        engine.criterion = criterion
         evaluated = {part: parts[part] for part in ("val", "test")}
         results, probabilities = evaluate_parts(engine, evaluated, args, run_dir, best)
+        best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
+        save_checkpoint(run_dir / BEST, checkpoint_bytes(best))
         report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
         report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
@@ -695,18 +578,23 @@ def is_finished(args, checkpoint, run_dir):
     return isinstance(results, dict) and results.get("epochs") == checkpoint["epoch"] + 1 >= args.epochs
 
 
-def make_loss(args, samples_per_cls):
+def make_loss(args, samples_per_cls, weighted=True):
+    """weighted: see `build_loss`; LDAM's weights are none without `--drw_epoch`, as in its paper."""
     alpha = args.alpha[0] if args.alpha and len(args.alpha) == 1 else args.alpha
     if isinstance(alpha, list) and len(alpha) != len(samples_per_cls):
         raise UserError(f"--alpha: {len(alpha)} figures for {len(samples_per_cls)} classes; give one, or one a class")
     return build_loss(
         args.train_loss,
         samples_per_cls,
+        weighted=weighted and (args.train_loss != "ldam" or args.drw_epoch > 0),
         beta=args.beta,
         gamma=args.gamma,
         alpha=alpha,
         smoothing=args.smoothing,
         cb_form=args.cb_form,
+        tau=args.tau,
+        max_margin=args.max_margin,
+        ordinal_decay=args.ordinal_decay,
     )
 
 
@@ -736,11 +624,32 @@ def how_to_go_on(args, argv, signals):
     return f"; go on with: {shlex.join(['python', 'main.py', '--resume', str(Path(args.run_dir, LAST)), *flags])}"
 
 
+def run_folds(argv, first, signals):
+    """Every fold as a run of its own in one folder, then mean and spread over them. -> exit status."""
+    folder = Path(first.run_dir or timestamped(first.output_dir)).absolute()
+    if folder.exists() and not first.auto_resume:
+        raise UserError(f"--run_dir: {folder} exists already; name a new folder, or go on with --auto_resume")
+    run_dirs = [folder / f"fold_{fold}" for fold in range(first.folds)]
+    for fold, run_dir in enumerate(run_dirs):
+        print(f"fold {fold} of {first.folds}")
+        status = run([*argv, "--fold", str(fold), "--run_dir", str(run_dir)], signals)
+        if status:
+            return status
+    spread = report.spread_over(run_dirs)
+    write_json(folder / "folds.json", spread)
+    report.print_spread(f"mean and standard deviation of {first.folds} folds", spread)
+    print(f"results lie in {folder}")
+    return 0
+
+
 def run(argv, signals):
     """What the command line asks for. -> exit status."""
     args = None
     try:
-        with run_folder(first_look(argv)) as run_dir:
+        first = first_look(argv)
+        if first.folds and first.fold is None and not first.resume:
+            return run_folds(sys.argv[1:] if argv is None else argv, first, signals)
+        with run_folder(first) as run_dir:
             args, checkpoint = parse_args(argv, run_dir)
             limit_image_size(args.max_megapixels)
             device = choose_device(args.device)

@@ -1,14 +1,20 @@
-"""What decides which model is kept: scikit-learn's metrics over a whole set, each image once."""
+"""What decides which model is kept, and what is reported of it: figures with their 95 % bootstrap intervals."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_curve,
-    precision_recall_fscore_support,
-    recall_score,
-)
+from joblib import cpu_count
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, recall_score
+
+RESAMPLES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+CHUNK = 4  # resamples that one thread works on at a time: with 100,000 images they stay in its cache
+ECE_BINS = 15
+# classes by their number of training images, as in Liu et al. 2019 (Large-Scale Long-Tailed Recognition), sec. 5
+SHOTS = {"many_shot": (101, np.inf), "medium_shot": (20, 100), "few_shot": (1, 19)}
+
+
+# ------------------------------------------------------------------------------------------------- while training
 
 
 def summary_metrics(targets, probabilities):
@@ -24,22 +30,6 @@ def summary_metrics(targets, probabilities):
         "acc": float(accuracy_score(targets, predictions)),
         "balanced_acc": float(recall_score(targets, predictions, labels=present, average="macro", zero_division=0)),
         "macro_f1": float(f1_score(targets, predictions, average="macro", zero_division=0)),
-    }
-
-
-def full_metrics(targets, probabilities, classes):
-    """`summary_metrics` with `per_class` figures and `confusion_matrix` (rows: true class, columns: prediction)."""
-    predictions = np.argmax(probabilities, axis=1)
-    labels = np.arange(len(classes))
-    per_class = precision_recall_fscore_support(targets, predictions, labels=labels, zero_division=0)
-    names = ("precision", "recall", "f1", "support")
-    return {
-        **summary_metrics(targets, probabilities),
-        "per_class": {
-            str(c): {key: (int if key == "support" else float)(v[i]) for key, v in zip(names, per_class, strict=True)}
-            for i, c in enumerate(classes)
-        },
-        "confusion_matrix": confusion_matrix(targets, predictions, labels=labels).tolist(),
     }
 
 
@@ -62,3 +52,182 @@ def precision_recall_points(targets, probabilities, classes, points=51):
         best = np.maximum.accumulate(precision)[np.searchsorted(-recall, -at, side="right") - 1]
         rows += [(classes[i], float(x), float(y)) for x, y in zip(at, best, strict=True)]
     return rows
+
+
+# ------------------------------------------------------------------------------------------- of a whole evaluation
+
+
+def full_metrics(targets, probabilities, classes, samples_per_cls, ordinal=False, resamples=RESAMPLES):
+    """Every figure, beside each `<figure>_ci: [low, high]`, the 95 % interval of a bootstrap stratified by class.
+
+    targets: (N,) int; probabilities: (N, C); samples_per_cls: (C,) original training counts. -> {acc, balanced_acc,
+    macro_f1, ece (expected calibration error, Guo et al. 2017), many_shot_acc, medium_shot_acc, few_shot_acc (mean
+    recall of the classes with more than 100, 20 to 100, fewer than 20 training images, where there are any), per_class
+    {class: precision, recall, f1, auroc, average_precision, support}, confusion_matrix (rows: true class)}; `ordinal`
+    adds those of `_ordinal`, for classes in the order of their grades. A figure of a class that does not occur is None.
+    """
+    whole = Weighted(targets, probabilities, samples_per_cls, ordinal)
+    estimate = whole.figures(np.ones((1, len(targets)), np.int32))
+    resampled = _resampled(whole, resamples)
+    intervals = {name: np.percentile(values, INTERVAL, axis=0).T for name, values in resampled.items()}
+    results, per_class = {}, {str(name): {} for name in classes}
+    for name, (values,) in estimate.items():
+        if values.ndim == 0:
+            results[name], results[f"{name}_ci"] = float(values), intervals[name].tolist()
+            continue
+        for i, row in enumerate(per_class.values()):
+            is_there = whole.support[i] > 0
+            row[name] = float(values[i]) if is_there else None
+            row[f"{name}_ci"] = intervals[name][i].tolist() if is_there else None
+    for row, support in zip(per_class.values(), whole.support, strict=True):
+        row["support"] = int(support)
+    return {**results, "per_class": per_class, "confusion_matrix": whole.confusion_matrix().tolist()}
+
+
+def _resampled(whole, resamples):
+    """-> {name: (resamples, ...)} of `Weighted.figures`. The same numbers whatever the number of threads."""
+
+    def chunk(start):
+        rng = np.random.default_rng(start)
+        return whole.figures(whole.draw(min(CHUNK, resamples - start), rng))
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        parts = list(pool.map(chunk, range(0, resamples, CHUNK)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Weighted:
+    """The figures of an evaluation in which each image counts as often as its weight says.
+
+    Of weights that are all one it is the evaluation itself; of how often each image was drawn, a bootstrap resample.
+    The images are sorted by class and prediction, so that what belongs together lies side by side.
+    """
+
+    def __init__(self, targets, probabilities, samples_per_cls, ordinal=False):
+        self.num_classes = probabilities.shape[1]
+        predictions = np.argmax(probabilities, axis=1)
+        order = np.lexsort((predictions, targets))
+        self.targets, predictions, probabilities = targets[order], predictions[order], probabilities[order]
+        self.support = np.bincount(self.targets, minlength=self.num_classes)
+        self.cells, self.cell_starts = np.unique(self.targets * self.num_classes + predictions, return_index=True)
+        self.present = np.flatnonzero(self.support)
+        self.ordinal, self.samples_per_cls = ordinal, np.asarray(samples_per_cls)
+        confidence = probabilities.max(axis=1)
+        bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+        self.gaps = np.zeros((len(order), ECE_BINS), np.float32)
+        self.gaps[np.arange(len(order)), bins] = confidence - (predictions == self.targets)
+        self.rankings = [_Ranking(probabilities[:, c], self.targets == c) for c in range(self.num_classes)]
+
+    def draw(self, resamples, rng):
+        """How often each image is drawn, as many as there are from each class. -> (resamples, N) int32"""
+        weights = np.empty((resamples, len(self.targets)), np.int32)
+        for row in weights:
+            start = 0
+            for count in self.support[self.present]:
+                row[start : start + count] = np.bincount(rng.integers(0, count, count), minlength=count)
+                start += count
+        return weights
+
+    def confusion_matrices(self, weights):
+        """(B, N) -> (B, C, C), rows true classes."""
+        matrices = np.zeros((len(weights), self.num_classes**2))
+        matrices[:, self.cells] = np.add.reduceat(weights, self.cell_starts, axis=1)
+        return matrices.reshape(-1, self.num_classes, self.num_classes)
+
+    def confusion_matrix(self):
+        return self.confusion_matrices(np.ones((1, len(self.targets)), np.int32))[0].astype(int)
+
+    def figures(self, weights):
+        """weights: (B, N) int32 -> {name: (B,), or (B, C) for those a class}."""
+        matrices = self.confusion_matrices(weights)
+        figures = confusion_figures(matrices)
+        recall = figures["recall"]
+        figures["ece"] = np.abs(weights.astype(np.float32) @ self.gaps).sum(axis=1) / len(self.targets)
+        for name, (low, high) in SHOTS.items():
+            group = [c for c in self.present if low <= self.samples_per_cls[c] <= high]
+            if group:
+                figures[f"{name}_acc"] = recall[:, group].mean(axis=1)
+        if self.ordinal:
+            figures |= _ordinal(matrices)
+        ranked = [ranking.figures(weights) for ranking in self.rankings]
+        auroc, average_precision = (np.stack(values, axis=1) for values in zip(*ranked, strict=True))
+        return figures | {"auroc": auroc, "average_precision": average_precision}
+
+
+def confusion_figures(matrices):
+    """(B, C, C) confusion matrices, rows true classes -> {"acc", "balanced_acc", "macro_f1": (B,); "precision",
+    "recall", "f1": (B, C)}. Classes that occur in none of them do not count."""
+    hits, of_class, predicted = np.einsum("bii->bi", matrices), matrices.sum(2), matrices.sum(1)
+    recall, f1 = _share(hits, of_class), _share(2 * hits, of_class + predicted)
+    return {
+        "acc": hits.sum(axis=1) / of_class.sum(axis=1),
+        "balanced_acc": recall[:, of_class.any(axis=0)].mean(axis=1),
+        "macro_f1": f1[:, (of_class + predicted).any(axis=0)].mean(axis=1),
+        "precision": _share(hits, predicted),
+        "recall": recall,
+        "f1": f1,
+    }
+
+
+def _share(part, whole):
+    """part / whole, 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+class _Ranking:
+    """One class against all others: images ranked by its score."""
+
+    def __init__(self, scores, is_positive):
+        positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+        self.positives = positives[np.argsort(scores[positives], kind="stable")]
+        self.negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+        of_positives, of_negatives = scores[self.positives], scores[self.negatives]
+        # for each positive: how many negatives are below it, and not above it; how many positives are below it
+        self.below, self.not_above = (np.searchsorted(of_negatives, of_positives, side) for side in ("left", "right"))
+        self.positives_below = np.searchsorted(of_positives, of_positives, "left")
+
+    def figures(self, weights):
+        """(B, N) -> (area under the ROC curve (B,), average precision (B,)); ties count half, as in scikit-learn."""
+        positives, found = _running_sums(weights, self.positives)
+        _, passed = _running_sums(weights, self.negatives)
+        all_positives, all_negatives = found[:, -1].astype(float), passed[:, -1].astype(float)
+        below = _columns(passed, self.below).astype(float)
+        wins = np.einsum("bn,bn->b", positives, below + _columns(passed, self.not_above)) / 2
+        true = all_positives[:, None] - _columns(found, self.positives_below)
+        precision = _share(true, true + all_negatives[:, None] - below)
+        average_precision = _share(np.einsum("bn,bn->b", positives, precision), all_positives)
+        return _share(wins, all_positives * all_negatives), average_precision
+
+
+def _columns(values, positions):
+    return np.take(values, positions, axis=1, mode="clip")  # clip: twice as fast as with a check of each position
+
+
+def _running_sums(weights, positions):
+    """(B, N) -> (the weights at n positions (B, n), their running sums from 0 on (B, n + 1)), int32."""
+    chosen = _columns(weights, positions)
+    sums = np.zeros((len(chosen), len(positions) + 1), np.int32)
+    np.cumsum(chosen, axis=1, dtype=np.int32, out=sums[:, 1:])
+    return chosen, sums
+
+
+def _ordinal(matrices):
+    """What is reported of ordered grades, from confusion matrices (B, C, C) whose classes are in order.
+
+    mae: mean absolute error in grades; exact, within_1, within_2: share no more than this number of grades off;
+    correlation: Pearson's, of grade and prediction; quadratic_kappa: Cohen's, with quadratic weights (Cohen 1968). Both
+    0 where all images are of one grade, or all predictions.
+    """
+    grades = np.arange(matrices.shape[1])
+    off = np.abs(grades[:, None] - grades)
+    joint = matrices / matrices.sum(axis=(1, 2), keepdims=True)
+    true, predicted = joint.sum(2), joint.sum(1)
+    figures = {"mae": (joint * off).sum(axis=(1, 2)), "exact": joint[:, off == 0].sum(axis=1)}
+    figures |= {f"within_{most}": joint[:, off <= most].sum(axis=1) for most in (1, 2)}
+    mean_true, mean_predicted = true @ grades, predicted @ grades
+    covariance = np.einsum("bij,i,j->b", joint, grades, grades) - mean_true * mean_predicted
+    variances = [share @ grades**2 - mean**2 for share, mean in ((true, mean_true), (predicted, mean_predicted))]
+    figures["correlation"] = _share(covariance, np.sqrt(np.maximum(variances[0] * variances[1], 0)))
+    by_chance = np.einsum("bi,bj,ij->b", true, predicted, off**2)
+    figures["quadratic_kappa"] = np.where(by_chance > 0, 1 - _share((joint * off**2).sum(axis=(1, 2)), by_chance), 0.0)
+    return figures

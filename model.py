@@ -5,10 +5,12 @@ import io
 import zipfile
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import resnet_custom
 from files import Damaged, UserError, atomic_write
+from utils import LDAM_SCALE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,7 +20,10 @@ BATCH_COUNT = ".num_batches_tracked"  # of batch norm; torchvision's older files
 CHECKPOINT_TYPES = {
     "epoch": int,  # the last finished one, -1 for none
     "position": (dict, type(None)),  # in the epoch after it, as `RunningFigures.position`; None: between two epochs
-    "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
+    "model_state_dict": dict,  # what was validated: with --ema the averaged weights
+    "raw_state_dict": dict,  # with --ema those that are trained, else empty
+    "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
+    "posthoc": (dict, type(None)),  # tau and temperature, fitted when the training has ended
     "best_metric": float, "best_metric_name": str, "best_epoch": int,
     "history": list,  # the rows of history.csv
     "classes": list, "samples_per_cls": list, "args": dict, "wandb_id": (str, type(None)),
@@ -28,6 +33,25 @@ CHECKPOINT_TYPES = {
 }  # fmt: skip
 
 
+class CosineHead(nn.Module):
+    """Logits: `scale` times the cosine between an image's features and each class's weights (Cao et al. 2019, app. C).
+
+    features: (N, num_features) -> (N, num_classes). A long weight vector, as large classes grow, has no advantage.
+    """
+
+    def __init__(self, num_features, num_classes, scale=LDAM_SCALE):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, features):
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
 class Model(nn.Module):
     """ResNet-50 with last-stage stride 1 -> dropout -> linear head.
 
@@ -35,13 +59,14 @@ class Model(nn.Module):
     to) or float already normalised by the ImageNet mean and standard deviation -> logits: (N, num_classes)
     """
 
-    def __init__(self, num_classes, dropout_prob=0.3):
+    def __init__(self, num_classes, dropout_prob=0.3, cosine_head=False):
         super().__init__()
         self.backbone = resnet_custom.resnet50()
         num_features = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()
         self.dropout = nn.Dropout(dropout_prob)
-        self.head = nn.Linear(num_features, num_classes)
+        self.head = (CosineHead if cosine_head else nn.Linear)(num_features, num_classes)
+        self.is_backbone_frozen = False
         # not persistent: a checkpoint holds what was learned
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
@@ -56,9 +81,22 @@ class Model(nn.Module):
             images = self.normalise(images)
         return self.head(self.dropout(self.backbone(images)))
 
+    def freeze_backbone(self):
+        """From now on its weights get no gradients, and its batch norm does as in evaluation."""
+        self.backbone.requires_grad_(False).eval()
+        self.is_backbone_frozen = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.is_backbone_frozen:
+            self.backbone.eval()
+        return self
+
     def load_initial_weights(self, state_dict, classes=None, own_classes=None):
-        """Start from `state_dict` (see `read_weights`); its head is taken only where it knows the same classes."""
-        use_head = classes is not None and list(classes) == list(own_classes)
+        """Start from `state_dict` (see `read_weights`), with its head where it is alike and knows the same classes."""
+        own_head = {f"head.{name}" for name in self.head.state_dict()}
+        same_head = own_head == {name for name in state_dict if name.startswith("head.")}
+        use_head = classes is not None and list(classes) == list(own_classes) and same_head
         chosen = {name: value for name, value in state_dict.items() if use_head or name.startswith("backbone.")}
         missing, unexpected = self.load_state_dict(chosen, strict=False)
         missing = {name for name in missing if not name.startswith("head.") and not name.endswith(BATCH_COUNT)}

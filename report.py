@@ -1,7 +1,15 @@
-"""Pictures of a run, and the page that shows them with the figures."""
+#!/usr/bin/env python3
+"""Pictures of a run, and the page that shows them with the figures; as a command, runs compared.
 
+python report.py checkpoints_*         # mean and spread over the seeds and folds of runs with the same flags
+"""
+
+import argparse
 import base64
 import html
+import json
+import statistics
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +18,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from files import atomic_write
+from files import UserError, atomic_write
 
 # matplotlib's own font has no Hangul; these, where installed, draw class names that need it
 HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
@@ -44,7 +52,7 @@ def plot_curves(path, history, best_epoch):
     metric_axes.set_title("metrics")
     metric_axes.legend(loc="lower right")
     metric_axes.set_ylim(0, 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion_matrix(path, matrix, classes, title):
@@ -69,7 +77,7 @@ def plot_confusion_matrix(path, matrix, classes, title):
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{shares[row, column]:.0%}\n{count}", ha="center", va="center", color=color, size=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _installed(fonts):
@@ -77,7 +85,7 @@ def _installed(fonts):
     return [font for font in fonts if font in names]
 
 
-def _save(figure, path):
+def save_figure(figure, path):
     FigureCanvasAgg(figure)
     with atomic_write(path, "wb") as file, warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph")
@@ -92,7 +100,14 @@ table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .2rem .8r
 td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
 img { max-width: 100%; margin: .5rem 0 } summary { cursor: pointer }
 """
-SUMMARY_COLUMNS = ("balanced_acc", "macro_f1", "acc", "loss")
+SUMMARY_COLUMNS = {
+    "balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy", "mae": "mean absolute error",
+    "within_1": "within one grade", "quadratic_kappa": "quadratic kappa", "ece": "calibration error", "loss": "loss",
+}  # fmt: skip
+CLASS_COLUMNS = {
+    "recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC",
+    "average_precision": "average precision",
+}  # fmt: skip
 
 
 def write_report(run_dir, args, results):
@@ -102,10 +117,18 @@ def write_report(run_dir, args, results):
     """
     run_dir = Path(run_dir)
     parts = [part for part in ("val", "test") if part in results]
-    summary = [[part, *(f"{results[part][name]:.3f}" for name in SUMMARY_COLUMNS)] for part in parts]
+    evaluated = {part: results[part] for part in parts}
+    if "tta" in results:
+        evaluated["test, with the mirror image"] = results["tta"]["test"]
+    if "posthoc" in results:
+        fitted = results["posthoc"]
+        title = f"test, logit adjustment (tau {fitted['tau']:g}), temperature {fitted['temperature']:.2f}"
+        evaluated[title] = results["posthoc"]["test"]
+    columns = [name for name in SUMMARY_COLUMNS if name in results["test"]]
+    summary = [[title, *(_with_interval(figures, name) for name in columns)] for title, figures in evaluated.items()]
     counts = dict(zip(results["classes"], results["samples_per_cls"], strict=True))
     per_class = [
-        [name, counts[name], row["support"], *(f"{row[key]:.3f}" for key in ("recall", "precision", "f1"))]
+        [name, counts[name], row["support"], *(_with_interval(row, key) for key in CLASS_COLUMNS)]
         for name, row in results["test"]["per_class"].items()
     ]
     pictures = [_picture(path) for path in (run_dir / "confusion_matrix.png", run_dir / "curves.png") if path.exists()]
@@ -113,9 +136,10 @@ def write_report(run_dir, args, results):
     page = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
         f"<h1>{title}</h1><p>Best epoch: {results['best_epoch']}</p>",
-        _table(["", "balanced accuracy", "macro F1", "accuracy", "loss"], summary),
+        _table(["", *(SUMMARY_COLUMNS[name] for name in columns)], summary),
         "<h2>Test, class by class</h2>",
-        _table(["class", "training images", "test images", "recall", "precision", "F1"], per_class),
+        _table(["class", "training images", "test images", *CLASS_COLUMNS.values()], per_class),
+        "<p>In brackets: 95 % intervals of a bootstrap stratified by class.</p>",
         *pictures,
         "<details><summary>Flags of the run</summary>",
         _table(["flag", "value"], [[f"--{name}", value] for name, value in args.items() if value is not None]),
@@ -123,6 +147,70 @@ def write_report(run_dir, args, results):
     ]
     with atomic_write(run_dir / "report.html") as file:
         file.write("\n".join(page))
+
+
+SPREAD = ("balanced_acc", "macro_f1", "acc")
+NOT_COMPARED = ("seed", "fold", "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers")
+
+
+def spread_over(run_dirs):
+    """-> {figure: {"mean", "std", "values"}} over runs, of `results.json`: test_..., test_posthoc_... and val_....
+
+    std: the sample standard deviation, None for one run. Raises UserError for a run that is not finished.
+    """
+    values = {}
+    for run_dir in run_dirs:
+        results = _results(run_dir)
+        parts = {"test": results["test"], "test_posthoc": results.get("posthoc", {}).get("test")}
+        for part, figures in {**parts, "val": results.get("val")}.items():
+            for name in SPREAD if figures else ():
+                values.setdefault(f"{part}_{name}", []).append(figures[name])
+    spread = {}
+    for name, of_runs in values.items():
+        std = statistics.stdev(of_runs) if len(of_runs) > 1 else None
+        spread[name] = {"mean": statistics.mean(of_runs), "std": std, "values": of_runs}
+    return spread
+
+
+def print_spread(title, spread):
+    print(f"{title}:")
+    for name, of in spread.items():
+        std = "" if of["std"] is None else f" +- {of['std']:.3f}"
+        print(f"{name:>26} {of['mean']:.3f}{std}  ({', '.join(f'{value:.3f}' for value in of['values'])})")
+
+
+def _results(run_dir):
+    try:
+        return json.loads(Path(run_dir, "results.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{run_dir}: is not a finished run ({error.strerror}: results.json)") from error
+
+
+def compare(run_dirs):
+    """Mean and spread over the seeds and folds of runs with the same flags, best first."""
+    groups = {}
+    for run_dir in run_dirs:
+        _results(run_dir)
+        args = json.loads(Path(run_dir, "args.json").read_text(encoding="utf-8"))
+        flags = {k: v for k, v in args.items() if k not in NOT_COMPARED and not k.startswith("wandb_")}
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run_dir)
+    chosen = [json.loads(key) for key in groups]
+    differing = [name for name in chosen[0] if len({json.dumps(flags.get(name)) for flags in chosen}) > 1]
+    spreads = []
+    for flags, members in zip(chosen, groups.values(), strict=True):
+        title = " ".join(f"--{name} {flags.get(name)}" for name in differing)
+        spreads.append((f"{title or members[0]} ({len(members)} runs)", spread_over(members)))
+    for title, spread in sorted(spreads, key=lambda one: -one[1]["test_balanced_acc"]["mean"]):
+        print_spread(title, spread)
+
+
+def _with_interval(figures, name):
+    if figures[name] is None:  # of a class that does not occur
+        return "-"
+    if f"{name}_ci" not in figures:
+        return f"{figures[name]:.3f}"
+    low, high = figures[f"{name}_ci"]
+    return f"{figures[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _table(heads, rows):
@@ -134,3 +222,19 @@ def _table(heads, rows):
 def _picture(path):
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+
+
+def main(argv=None):
+    """-> exit status."""
+    parser = argparse.ArgumentParser(description=compare.__doc__, prog="report.py")
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN", help="folder of a finished run of main.py")
+    try:
+        compare(parser.parse_args(argv).run_dirs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,6 +26,8 @@ import matplotlib
 
 import main
 from files import LossyStream, UserError, atomic_write, first_line, write_csv
+from flags import BEST_METRICS, Parser, number
+from flags import build_parser as build_main_parser
 from resuming import LAST, PREVIOUS, Signals, Stopped
 from sweep_config import read_sweep
 from trials import TrialProcess, is_in_use, stop_process_in
@@ -51,18 +53,18 @@ DATA_FLAGS = {"data_dirs", "val_dirs", "test_dirs"}
 
 
 def build_parser():
-    parser = main.Parser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, prog="search.py"
     )
     add = parser.add_argument
-    count = main.number(int, low=1)
+    count = number(int, low=1)
     add("sweep", metavar="YAML", help="a W&B sweep's file, such as sweep.yaml")
     add("--trials", type=count, metavar="N", help="of the study in all [run_cap of the yaml; the grid's size; 20]")
     add("--jobs", type=count, default=1, metavar="N", help="trials at once on this machine [1]")
     add("--search_dir", metavar="DIR", help="trials and results go here [search_NAME, of the yaml's name]")
     add("--study", metavar="NAME", help="the study's name in the storage [that of the search_dir]")
     add("--storage", metavar="URL", help="a database for many machines, as SQLAlchemy names it [SQLite in search_dir]")
-    add("--search_seed", type=main.number(int, low=0), metavar="N", help="of what is drawn [another each time]")
+    add("--search_seed", type=number(int, low=0), metavar="N", help="of what is drawn [another each time]")
     return parser
 
 
@@ -90,7 +92,7 @@ class Search:
         self.folder, self.host = Path(args.search_dir).absolute(), socket.gethostname()
         given = {meaning(word.partition("=")[0]) for word in main_flags if word.startswith("--")}
         config.parameters = [p for p in config.parameters if meaning(f"--{p.name}") not in given]
-        if config.metric in main.BEST_METRICS and "best_metric" not in given:
+        if config.metric in BEST_METRICS and "best_metric" not in given:
             self.main_flags = ["--best_metric", config.metric, *main_flags]
         self.constants = self._check_flags()
         self.epochs = config.most("epochs") or self.constants.epochs
@@ -115,7 +117,7 @@ class Search:
 
     def _check_flags(self):
         """Try every value that a trial could get on main.py's own parser. -> the flags that all trials share."""
-        path, parse = self.config.path, main.build_parser().parse_args
+        path, parse = self.config.path, build_main_parser().parse_args
         parse(self.main_flags)
         for word in self.main_flags:
             if word.partition("=")[0].removeprefix("--") in OWN_FLAGS:
@@ -139,7 +141,7 @@ class Search:
 
     def _description(self):
         """What makes the trials of a study comparable."""
-        flags, defaults = vars(self.constants), vars(main.build_parser().parse_args([]))
+        flags, defaults = vars(self.constants), vars(build_main_parser().parse_args([]))
         # with a storage that machines share, the data may lie elsewhere on each
         neutral = NEUTRAL_FLAGS | (DATA_FLAGS if self.args.storage else set())
         chosen = {k: v for k, v in flags.items() if v != defaults[k] and k not in neutral and k[:6] != "wandb_"}
@@ -270,7 +272,7 @@ class Search:
         slot = min(set(range(self.args.jobs)) - {one.slot for one in self.running})
         flags = self.command_flags(trial.params)
         gpus = main.torch.cuda.device_count()
-        if gpus > 1 and main.build_parser().parse_args(flags).device == "auto":
+        if gpus > 1 and build_main_parser().parse_args(flags).device == "auto":
             flags += ["--device", f"cuda:{slot % gpus}"]
         self.running.append(Running(trial, TrialProcess(flags, run_dir, self.args.jobs), slot, time.time()))
 
@@ -453,7 +455,7 @@ def is_process(pid):
 @functools.cache
 def meaning(option):
     """--lr, --learning_rate -> learning_rate: the flag of main.py that an option is."""
-    return getattr(main.build_parser()._option_string_actions.get(option), "dest", option)
+    return getattr(build_main_parser()._option_string_actions.get(option), "dest", option)
 
 
 def without(flags, name):
@@ -469,7 +471,7 @@ def without(flags, name):
 
 def run(argv):
     args, main_flags = build_parser().parse_known_args(argv)
-    known = {option[2:] for action in main.build_parser()._actions for option in action.option_strings}
+    known = {option[2:] for action in build_main_parser()._actions for option in action.option_strings}
     config = read_sweep(args.sweep, known - {"help"})
     args.search_dir = args.search_dir or f"search_{Path(args.sweep).stem}"
     with Signals() as signals:

@@ -174,7 +174,9 @@ class Run:
         self._run.log({"test_confusion_matrix": matrix, "test_pr_curves": curves})
         self._summarise_best_epoch(progress)
         figures = results["test"]
-        self._run.summary.update({f"test_{k}": figures[k] for k in ("loss", "acc", "balanced_acc", "macro_f1")})
+        adjusted = results["posthoc"]["test"]
+        for name in ("loss", "acc", "balanced_acc", "macro_f1"):
+            self._run.summary.update({f"test_{name}": figures[name], f"test_posthoc_{name}": adjusted[name]})
 
     def _worst_mistakes(self, test, probabilities):
         """A table of the images that the model was surest to know and did not."""

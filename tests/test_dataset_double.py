@@ -13,7 +13,9 @@ from PIL import Image
 from dataset_double import (
     AUGMENTATIONS,
     AugmentedSkinDataset,
+    ClassSampler,
     DoubleSkinDataset,
+    EpochSampler,
     ImageIndex,
     augment,
     augment_batch,
@@ -22,6 +24,7 @@ from dataset_double import (
     check_every_folder_is_used,
     check_fractions,
     draw_parameters,
+    fold_split,
     index_folders,
     make_loader,
     natural_key,
@@ -189,6 +192,35 @@ def test_split_is_stratified_disjoint_and_complete():
     assert sorted(paths) == sorted(index.paths)
 
 
+def test_groups_stay_together_and_class_shares_are_kept_nearly():
+    index = index_of([600, 200, 60])
+    groups = np.arange(len(index)) // 4
+    parts = stratified_split(index, [0.6, 0.2, 0.2], seed=1, groups=groups)
+    number_of = dict(zip(index.paths, groups.tolist(), strict=True))
+    of_part = [{number_of[path] for path in part.paths} for part in parts.values()]
+    assert sum(map(len, of_part)) == len(set.union(*of_part)) == 215
+    assert sum(map(len, parts.values())) == 860
+    np.testing.assert_allclose(parts["test"].counts() / index.counts(), 0.2, atol=0.05)
+    np.testing.assert_allclose(parts["val"].counts() / index.counts(), 0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(100) // 2])
+def test_every_image_is_tested_in_one_fold(groups):
+    index, tested = index_of([70, 30]), []
+    for fold in range(4):
+        parts = fold_split(index, 4, fold, [0.6, 0.2, 0.2], 3, groups)
+        assert sorted(path for part in parts.values() for path in part.paths) == sorted(index.paths)
+        assert len(parts["val"]) == pytest.approx(19, abs=2)  # a quarter of the rest
+        np.testing.assert_allclose(parts["test"].counts(), [17.5, 7.5], atol=2.5)
+        tested += parts["test"].paths
+    assert sorted(tested) == sorted(index.paths)
+
+
+def test_more_folds_than_images_of_every_class_are_refused():
+    with pytest.raises(UserError, match="too few images for 9 folds"):
+        fold_split(index_of([8, 3]), 9, 0, [0.6, 0.2, 0.2], 0)
+
+
 def test_split_depends_on_the_seed_alone():
     index = index_of([50, 20])
     first, again, other = (stratified_split(index, [0.6, 0.2, 0.2], seed) for seed in (1, 1, 2))
@@ -309,10 +341,58 @@ def test_copies_are_new_each_epoch_and_the_same_again_for_the_same_epoch(origina
     assert not torch.equal(AugmentedSkinDataset(originals, seed=4)[50][0], first)
 
 
+@pytest.mark.parametrize(
+    "sampling, shares",
+    [("balanced", [1 / 3] * 3), ("sqrt", np.sqrt([600, 60, 6]) / np.sqrt([600, 60, 6]).sum())],
+)
+def test_classes_are_drawn_with_the_shares_of_the_paper_and_their_images_in_turn(sampling, shares):
+    train_set = AugmentedSkinDataset(DoubleSkinDataset(index_of([600, 60, 6]), 8), 1)
+    sampler = ClassSampler(train_set, sampling, 10, seed=3)
+    seen = np.zeros(3)
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        positions = np.array(list(sampler))
+        assert len(positions) == len(set(positions.tolist())) == 666
+        times = np.bincount(positions % 666, minlength=666)
+        seen += [times[:600].sum(), times[600:660].sum(), times[660:].sum()]
+        for of_class in (times[:600], times[600:660], times[660:]):
+            assert of_class.max() - of_class.min() <= 1
+        first_times = positions < 666
+        assert first_times.sum() == (times > 0).sum()  # what comes again is another position, augmented in another way
+    np.testing.assert_allclose(seen / seen.sum(), shares, atol=0.002)
+
+
+def test_progressive_sampling_goes_from_the_images_to_the_classes():
+    train_set = AugmentedSkinDataset(DoubleSkinDataset(index_of([80, 20]), 8), 1)
+    sampler = ClassSampler(train_set, "progressive", 4, seed=0)
+    assert [sampler.shares(epoch).round(3).tolist() for epoch in (0, 2, 4)] == [[0.8, 0.2], [0.65, 0.35], [0.5, 0.5]]
+
+
+def test_draws_depend_on_seed_and_epoch_and_can_begin_in_the_middle():
+    train_set = AugmentedSkinDataset(DoubleSkinDataset(index_of([80, 20]), 8), 1)
+
+    def draw(epoch, skipped=0, seed=0):
+        sampler = ClassSampler(train_set, "balanced", 4, seed)
+        sampler.set_epoch(epoch, skipped)
+        assert len(sampler) == 100 - skipped
+        return list(sampler)
+
+    assert draw(1) == draw(1) != draw(2) and draw(1) != draw(1, seed=5)
+    assert draw(1, skipped=30) == draw(1)[30:]
+
+
+def test_all_are_augmented_on_demand(originals):
+    every = AugmentedSkinDataset(originals, augment_all=True, methods=["rotation"])
+    plain = AugmentedSkinDataset(originals, methods=["rotation"])
+    assert torch.equal(plain[0][0], originals[0][0]) and not torch.equal(every[0][0], originals[0][0])
+    again = every[len(every)]  # round again: another copy of the same image
+    assert again[1] == every[0][1] and not torch.equal(again[0], every[0][0])
+
+
 def test_batches_are_the_same_for_any_number_of_workers(originals):
     def batches(num_workers):
         augmented = AugmentedSkinDataset(originals)
-        loader = make_loader(augmented, 16, shuffle=True, seed=1, num_workers=num_workers)
+        loader = make_loader(augmented, 16, sampler=EpochSampler(augmented, seed=1), num_workers=num_workers)
         seen = []
         for epoch in range(2):  # the workers live on into the second epoch
             loader.sampler.set_epoch(epoch)

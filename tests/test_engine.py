@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import DeviceBatches, Engine, RunningFigures, lr_lambda, progressive_size, resize, resolve_amp
+from engine import DeviceBatches, Engine, Mixer, RunningFigures, lr_lambda, progressive_size, resize, resolve_amp
 from files import UserError
 from utils import CBLoss, CrossEntropy
 
@@ -40,7 +40,7 @@ def make_engine(amp_dtype=None, criterion=None, lr=1e-2, **options):
     model(torch.zeros(2, 3, 9, 9))
     engine = Engine(model, criterion or CrossEntropy(), CPU, amp_dtype, **{"clip_grad": 1.0, **options})
     engine.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda([(2, 1000)]))
     return engine
 
 
@@ -50,7 +50,7 @@ def linear_engine(grad_accum=1):
     engine = make_engine()
     engine.model, engine.grad_accum = nn.Sequential(ToFloat(), nn.Flatten(), nn.Linear(243, 3)), grad_accum
     engine.optimizer = torch.optim.SGD(engine.model.parameters(), lr=1e-2)
-    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda(2, 1000))
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda([(2, 1000)]))
     return engine
 
 
@@ -235,10 +235,10 @@ def test_gradient_is_clipped_to_its_norm():
 
 
 def test_learning_rate_warms_up_and_falls_along_half_a_cosine():
-    factor = lr_lambda(10, 110)
+    factor = lr_lambda([(10, 110)])
     assert [factor(0), factor(4), factor(9), factor(10)] == pytest.approx([0.1, 0.5, 1, 1])
     assert [factor(60), factor(110), factor(999)] == pytest.approx([0.5, 0, 0])
-    assert lr_lambda(0, 10)(0) == 1
+    assert lr_lambda([(0, 10)])(0) == 1
 
 
 def test_the_learning_rate_of_the_history_is_the_last_one_used():
@@ -259,3 +259,53 @@ def test_weights_that_a_step_has_spoilt_are_noticed():
         engine.model.layers[0].weight[0, 0, 0, 0] = math.nan
     with pytest.raises(UserError, match="the weights are not finite"):
         engine.check_weights()
+
+
+# --------------------------------------------------------------------------------------- mixing, averaging, re-training
+
+
+def test_cycles_of_the_learning_rate_follow_each_other():
+    factor = lr_lambda([(2, 10), (0, 4)])
+    assert [factor(step) for step in (0, 1, 2)] == [0.5, 1, 1]
+    assert factor(9) < 0.1 and factor(10) == 1 and factor(12) == pytest.approx(0.5) and factor(14) == 0
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.4, 0), (0, 1.0), (0.4, 1.0)])
+def test_images_are_mixed_with_the_one_before_by_the_share_that_is_told(mixup, cutmix):
+    torch.manual_seed(0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
+    for _ in range(5):
+        mixed, share = Mixer(mixup, cutmix)(images)
+        expected = share * torch.arange(4.0) + (1 - share) * torch.arange(4.0).roll(1)
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), expected)
+
+
+def test_the_loss_of_mixed_images_is_mixed_alike():
+    engine = make_engine(mixer=lambda images: (images, 0.7))
+    engine.model.normalise = lambda images: images
+    images, targets = torch.zeros(3, 3, 9, 9, dtype=torch.uint8), torch.tensor([0, 1, 2])
+    logits, loss = engine._logits_and_loss(images, targets)
+    expected = 0.7 * engine.criterion(logits, targets) + 0.3 * engine.criterion(logits, torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_averaged_weights_are_the_papers_moving_average_and_are_what_is_evaluated():
+    engine = make_engine(ema=0.9)
+    loader, weights = batches(), []
+    one_epoch(engine, loader, after_step=lambda: weights.append(engine.model.layers[-1].weight.detach().clone()))
+    average = weights[0]
+    for weight in weights[1:]:
+        average = 0.9 * average + 0.1 * weight
+    torch.testing.assert_close(engine.evaluated.layers[-1].weight, average)
+    assert engine.evaluated is not engine.model
+
+
+def test_mirrored_evaluation_averages_the_logits_of_both():
+    engine = make_engine()
+    images = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
+    loader = [(images, torch.tensor([0]))]
+    _, both, _ = engine.evaluate(loader, "test", mirrored=True)
+    engine.model.eval()
+    with torch.inference_mode():
+        logits = (engine.forward(engine.model, images) + engine.forward(engine.model, images.flip(-1))) / 2
+    assert both == pytest.approx(logits.softmax(1).numpy(), rel=1e-5)

@@ -86,6 +86,8 @@ KINDS_OF_RUN = {
     "float32": "",
     "bfloat16, augmented, accumulated, workers": "--amp bf16 --use_augmentation --grad_accum 2 --num_workers 2",
     "float16": "--amp fp16 --grad_accum 2 --epochs 1",  # slow on most CPUs
+    "deferred, mixed, averaged, with a head of its own": "--epochs 3 --drw_epoch 1 --crt_epochs 1 --train_loss ldam "
+    "--sampling progressive --mixup 0.4 --cutmix 1 --ema 0.9 --augment_all",
     "float32, augmented, progressive": "--use_augmentation --progressive --train_loss focal",
 }
 

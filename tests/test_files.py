@@ -45,8 +45,8 @@ def test_predictions_name_classes_and_survive_odd_paths(tmp_path):
         rows = list(csv.reader(file))
     assert rows == [
         ["path", "label", "prediction", "correct", "prob_0", "prob_3"],
-        [odd, "0", "0", "1", "0.700000", "0.300000"],
-        ["/x.jpg", "3", "0", "0", "0.600000", "0.400000"],
+        [odd, "0", "0", "1", "0.7", "0.3"],
+        ["/x.jpg", "3", "0", "0", "0.6", "0.4"],
     ]
 
 

@@ -23,8 +23,10 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import demo
 import main
+import report
 from dataset_double import AUGMENTATIONS
 from files import HISTORY_COLUMNS
+from flags import build_parser
 from model import CHECKPOINT_TYPES, load_checkpoint
 
 ROOT = Path(main.__file__).parent
@@ -68,7 +70,9 @@ def test_results_agree_with_the_predictions_by_scikit_learn(finished_run):
         rows = read_rows(finished_run / f"{part}_predictions.csv")
         labels, predictions = [row["label"] for row in rows], [row["prediction"] for row in rows]
         figures = results[part]
-        assert set(figures) == {"loss", "acc", "balanced_acc", "macro_f1", "per_class", "confusion_matrix"}
+        names = {"acc", "balanced_acc", "macro_f1", "ece", "few_shot_acc"}  # all classes have few images
+        assert set(figures) == {"loss", "per_class", "confusion_matrix"} | names | {f"{name}_ci" for name in names}
+        assert set(results["posthoc"][part]) == set(figures)
         assert figures["balanced_acc"] == pytest.approx(balanced_accuracy_score(labels, predictions))
         assert figures["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
         assert figures["acc"] == pytest.approx(np.mean([int(row["correct"]) for row in rows]))
@@ -86,6 +90,51 @@ def test_the_best_epoch_decides_what_is_tested(finished_run):
     assert results["best_epoch"] == best["epoch"] == best["best_epoch"]
     metric = [float(row["val_balanced_acc"]) for row in rows]
     assert metric[best["epoch"]] == max(metric) == best["best_metric"] == results["val"]["balanced_acc"]
+
+
+def test_what_was_fitted_after_training_is_in_the_best_model_and_is_used_from_there(copied_run, tmp_path):
+    results = json.loads((copied_run / "results.json").read_text())
+    best = load_checkpoint(copied_run / "best_model.pth")
+    assert best["posthoc"] == {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    write_checkpoint(copied_run / "best_model.pth", {**best, "posthoc": {"tau": 0.5, "temperature": 2.0}})
+    flags = ["--eval_only", "--tta", "--ordinal", "--run_dir", tmp_path / "eval"]
+    assert run_main("--resume", copied_run / "best_model.pth", *flags) == 0
+    evaluated = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert (evaluated["posthoc"]["tau"], evaluated["posthoc"]["temperature"]) == (0.5, 2.0)
+    assert evaluated["test"]["balanced_acc"] == results["test"]["balanced_acc"]
+    assert "quadratic_kappa" in evaluated["test"] and set(evaluated["tta"]["test"]) == set(evaluated["test"])
+
+
+def test_folds_are_trained_one_after_the_other_and_summed_up(data_dir, tmp_path, capsys):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--folds", 3, "--run_dir", tmp_path / "cv"]
+    assert run_main(*flags) == 0
+    spread = json.loads((tmp_path / "cv" / "folds.json").read_text())
+    accuracies, tested = [], []
+    for fold in range(3):
+        results = json.loads((tmp_path / "cv" / f"fold_{fold}" / "results.json").read_text())
+        accuracies.append(results["test"]["balanced_acc"])
+        tested += [row["path"] for row in read_rows(tmp_path / "cv" / f"fold_{fold}" / "test_predictions.csv")]
+    assert len(tested) == len(set(tested)) == 35
+    assert spread["test_balanced_acc"]["values"] == accuracies
+    assert spread["test_balanced_acc"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert spread["test_balanced_acc"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert run_main(*flags) == 2 and "exists already" in capsys.readouterr().err
+    assert run_main(*flags, "--auto_resume") == 0 and capsys.readouterr().out.count("finished before") == 3
+    assert report.main([str(tmp_path / "cv" / f"fold_{fold}") for fold in range(3)]) == 0
+    assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in capsys.readouterr().out
+    assert report.main([str(tmp_path)]) == 2
+    assert f"error: {tmp_path}: is not a finished run" in capsys.readouterr().err
+
+
+def test_the_last_epochs_train_a_new_head_on_a_frozen_backbone(data_dir, tmp_path):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--train_loss", "focal"]
+    assert run_main(*flags, "--epochs", 3, "--crt_epochs", 2, "--run_dir", tmp_path / "whole") == 0
+    rows = read_rows(tmp_path / "whole" / "history.csv")
+    assert float(rows[0]["learning_rate"]) < 1e-3 * 0.6 < float(rows[1]["learning_rate"])  # its own schedule
+    last = weights(tmp_path / "whole" / "last_model.pth")
+    assert run_main(*flags, "--epochs", 2, "--crt_epochs", 1, "--run_dir", tmp_path / "short") == 0
+    shorter = weights(tmp_path / "short" / "last_model.pth")
+    assert [n for n in last if not torch.equal(last[n], shorter[n])] == ["head.weight", "head.bias"]
 
 
 def test_a_checkpoint_holds_all_that_resuming_needs(finished_run):
@@ -248,7 +297,7 @@ def test_weights_of_a_run_start_another_with_other_classes(finished_run, tmp_pat
 
 
 def test_a_sweeps_way_of_writing_flags_is_understood():
-    parse = main.build_parser().parse_args
+    parse = build_parser().parse_args
     assert parse(["--use_augmentation=True"]).use_augmentation is True
     assert parse(["--use_augmentation=false", "--pretrained=False"]).use_augmentation is False
     assert parse(["--no-pretrained"]).pretrained is False and parse([]).pretrained is True
@@ -256,7 +305,7 @@ def test_a_sweeps_way_of_writing_flags_is_understood():
 
 
 def test_promised_names_and_defaults():
-    defaults = vars(main.build_parser().parse_args([]))
+    defaults = vars(build_parser().parse_args([]))
     promised = {
         "split": [0.6, 0.2, 0.2], "image_size": 224, "batch_size": 32, "epochs": 100, "dropout_prob": 0.3,
         "train_loss": "cb", "beta": 0.999, "gamma": 2.0, "best_metric": "val_balanced_acc", "seed": 42, "amp": "auto",
@@ -268,7 +317,7 @@ def test_promised_names_and_defaults():
 
 def test_the_readme_names_every_flag():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    flags = {option for action in main.build_parser()._actions for option in action.option_strings}
+    flags = {option for action in build_parser()._actions for option in action.option_strings}
     missing = {flag for flag in flags - {"-h", "--help"} if f"`{flag}" not in readme and not flag.startswith("--no-")}
     assert not missing
 
@@ -289,6 +338,13 @@ def check_refused(capsys, tmp_path, flags, *wanted):
 
 
 BAD_FLAGS = {
+    "oversampled twice": (["--sampling", "sqrt", "--use_augmentation"], "--sampling", "both oversample"),
+    "nothing to defer": (["--drw_epoch", 1, "--train_loss", "focal"], "--drw_epoch", "nothing to defer"),
+    "deferred too long": (["--drw_epoch", 2, "--epochs", 2], "--drw_epoch", "of 2 epochs"),
+    "fold of none": (["--fold", 1], "--fold", "--folds K"),
+    "fold beyond": (["--folds", 3, "--fold", 3], "--fold", "from 0 to K - 1"),
+    "no regex": (["--group_regex", "("], "--group_regex", "no regular expression"),
+    "regex of nothing": (["--group_regex", "^x"], "--group_regex", "does not match the name of"),
     "no data at all": ([], "--data_dirs"),
     "unknown loss": (["--train_loss", "hinge"], "--train_loss", "cb"),
     "negative learning rate": (["--learning_rate", "-1"], "--learning_rate", "above 0"),

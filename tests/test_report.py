@@ -32,11 +32,11 @@ def test_letters_that_no_font_has_are_told_in_one_line(tmp_path, capsys):
 
 def test_report_is_one_file_with_figures_pictures_and_flags(tmp_path):
     targets, classes = np.array([0, 0, 1, 1]), ["<dry>", "주름"]
-    test = full_metrics(targets, np.eye(2)[[0, 1, 1, 1]], classes) | {"loss": 0.5}
+    test = full_metrics(targets, np.eye(2)[[0, 1, 1, 1]], classes, [30, 7]) | {"loss": 0.5}
     results = {"best_epoch": 3, "test": test, "classes": classes, "samples_per_cls": [30, 7]}
     plot_confusion_matrix(tmp_path / "confusion_matrix.png", test["confusion_matrix"], ["a", "b"], "test")
     write_report(tmp_path, {"beta": 0.999, "data_dirs": ["/a <b>"], "alpha": None}, results)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>&lt;dry&gt;</td><td>30</td><td>2</td><td>0.500</td><td>1.000</td><td>0.667</td>" in page
-    assert "<td>0.750</td>" in page and "data:image/png;base64," in page and "&lt;b&gt;" in page
+    assert "<td>&lt;dry&gt;</td><td>30</td><td>2</td><td>0.500 [0.000, 1.000]</td>" in page
+    assert "<td>0.750 [" in page and "data:image/png;base64," in page and "&lt;b&gt;" in page
     assert "http" not in page and "--alpha" not in page

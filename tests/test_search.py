@@ -19,6 +19,7 @@ from conftest import ROOT, TINY_FLAGS, read_rows, wait_for
 import main
 import search
 from files import UserError
+from flags import build_parser
 from sweep_config import Parameter, read_sweep
 
 THIN_MAIN = str(ROOT / "tests" / "thin_main.py")
@@ -107,7 +108,7 @@ def test_what_is_not_named_is_as_in_wandb():
 
 
 def test_the_projects_own_sweep_is_read_whole():
-    known = {option[2:] for action in main.build_parser()._actions for option in action.option_strings}
+    known = {option[2:] for action in build_parser()._actions for option in action.option_strings}
     config = read_sweep(ROOT / "sweep.yaml", known)
     assert set(config.searched()) == {"learning_rate", "gamma", "dropout_prob", "beta"}
     assert isinstance(config.sampler(0), optuna.samplers.TPESampler) and config.maximizes

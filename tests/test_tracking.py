@@ -17,6 +17,7 @@ from conftest import ROOT, TINY_FLAGS, read_rows, start_main
 import main
 import tracking
 from files import HISTORY_COLUMNS
+from flags import build_parser
 
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
 
@@ -171,7 +172,7 @@ def test_a_server_that_does_not_answer_means_offline_too(tmp_path, data_dir):
 
 
 def test_the_summary_has_the_best_epochs_figures_at_any_time(tmp_path):
-    args = main.build_parser().parse_args(["--wandb_mode", "offline"])
+    args = build_parser().parse_args(["--wandb_mode", "offline"])
     progress = main.Progress()
     with tracking.Run(args, tmp_path, None, {"0": 3, "1": 2}) as run:
         for epoch, metric in enumerate([0.3, 0.7, 0.5]):
@@ -189,7 +190,7 @@ def test_the_summary_has_the_best_epochs_figures_at_any_time(tmp_path):
 
 
 def test_a_wandb_process_that_is_killed_stops_no_training(tmp_path, capsys):
-    args = main.build_parser().parse_args(["--wandb_mode", "offline"])
+    args = build_parser().parse_args(["--wandb_mode", "offline"])
     progress = main.Progress()
     with tracking.Run(args, tmp_path, None, {"0": 3, "1": 2}) as run:
         for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():

@@ -7,10 +7,16 @@ import torch.nn.functional as F
 
 from utils import (
     TRAIN_LOSSES,
+    WEIGHTED_LOSSES,
+    BalancedSoftmaxLoss,
     CBLoss,
     CrossEntropy,
     FocalLoss,
     LabelSmoothingCrossEntropy,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    OrdinalLoss,
+    WeightedCrossEntropy,
     build_loss,
     class_balanced_weights,
     effective_number,
@@ -26,6 +32,11 @@ LOSSES = {
     "cb_half": CBLoss(COUNTS, gamma=0.5),
     "cb_sigmoid": CBLoss(COUNTS, form="sigmoid"),
     "cb_sigmoid_half": CBLoss(COUNTS, gamma=0.5, form="sigmoid"),
+    "weighted_ce": WeightedCrossEntropy(COUNTS),
+    "balanced_softmax": BalancedSoftmaxLoss(COUNTS),
+    "logit_adjustment": LogitAdjustedLoss(COUNTS, tau=1.5),
+    "ldam": LDAMLoss(COUNTS, beta=0.99),
+    "ordinal": OrdinalLoss(4),
 }
 
 
@@ -103,6 +114,60 @@ def test_focal_loss_weighs_down_sure_answers_by_the_papers_factor(batch):
     torch.testing.assert_close(FocalLoss(0.25, 3)(logits, targets), FocalLoss(None, 3)(logits, targets) * 0.25)
 
 
+def test_weighted_cross_entropy_is_the_class_balanced_loss_of_beta_near_one_without_focus(batch):
+    expected = CBLoss(COUNTS, beta=1 - 1e-12, gamma=0)(*batch)
+    torch.testing.assert_close(WeightedCrossEntropy(COUNTS)(*batch), expected)
+
+
+def test_balanced_softmax_is_the_papers_softmax_over_counts(batch):
+    logits, targets = batch
+    scaled = torch.tensor(COUNTS) * logits.exp()
+    expected = -(scaled.gather(1, targets[:, None])[:, 0] / scaled.sum(1)).log().mean()
+    torch.testing.assert_close(BalancedSoftmaxLoss(COUNTS)(logits, targets), expected)
+
+
+def test_logit_adjustment_is_the_papers_sum_of_margins(batch):
+    # Menon et al. 2021, eq. 10: log(1 + sum_{j != y} (pi_j / pi_y)^tau exp(z_j - z_y))
+    logits, targets = batch
+    priors, tau = torch.tensor(COUNTS) / sum(COUNTS), 0.7
+    expected = 0.0
+    for z, y in zip(logits, targets.tolist(), strict=True):
+        others = sum((priors[j] / priors[y]) ** tau * (z[j] - z[y]).exp() for j in range(4) if j != y)
+        expected += torch.log1p(others) / len(targets)
+    torch.testing.assert_close(LogitAdjustedLoss(COUNTS, tau)(logits, targets), expected)
+    torch.testing.assert_close(LogitAdjustedLoss(COUNTS, 0)(logits, targets), F.cross_entropy(logits, targets))
+    torch.testing.assert_close(LogitAdjustedLoss(COUNTS, 1)(logits, targets), BalancedSoftmaxLoss(COUNTS)(*batch))
+
+
+def test_ldam_lowers_the_true_cosine_by_the_papers_margin():
+    # counts 16 and 1: margins C / n^(1/4) = C / 2 and C, with C = 0.5 the widest. s = 30, cosines 0.2 and 0.6
+    cosines = torch.tensor([[0.2, 0.6], [0.2, 0.6]])
+    first = -math.log(math.exp(30 * (0.2 - 0.25)) / (math.exp(30 * (0.2 - 0.25)) + math.exp(30 * 0.6)))
+    second = -math.log(math.exp(30 * (0.6 - 0.5)) / (math.exp(30 * (0.6 - 0.5)) + math.exp(30 * 0.2)))
+    loss = LDAMLoss([16, 1])(30 * cosines, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+    weights = class_balanced_weights([16, 1], 0.9).tolist()
+    deferred = LDAMLoss([16, 1], beta=0.9)(30 * cosines, torch.tensor([0, 1]))
+    assert deferred.item() == pytest.approx((weights[0] * first + weights[1] * second) / 2, rel=1e-6)
+
+
+def test_ordinal_targets_fall_off_with_the_distance_of_the_grades(batch):
+    loss = OrdinalLoss(4, decay=1.0)
+    by_hand = [math.exp(-abs(j - 1)) for j in range(4)]
+    assert loss.soft_targets[1].tolist() == pytest.approx([value / sum(by_hand) for value in by_hand])
+    sure = [torch.tensor([[9.0 * (j == guess) for j in range(4)]]) for guess in range(4)]
+    near_to_far = [loss(sure[guess], torch.tensor([0])).item() for guess in range(4)]
+    assert near_to_far == sorted(near_to_far)
+    torch.testing.assert_close(OrdinalLoss(4, decay=100)(*batch), F.cross_entropy(*batch))
+
+
+def test_deferred_weights_are_none_until_then(batch):
+    for name, plain in {"cb": FocalLoss(gamma=2), "weighted_ce": CrossEntropy(), "ldam": LDAMLoss(COUNTS)}.items():
+        assert name in WEIGHTED_LOSSES
+        torch.testing.assert_close(build_loss(name, COUNTS, weighted=False)(*batch), plain(*batch))
+        assert build_loss(name, COUNTS)(*batch) != plain(*batch)
+
+
 def test_label_smoothing_is_cross_entropy_against_soft_targets(batch):
     logits, targets = batch
     soft = 0.8 * F.one_hot(targets, 4) + 0.2 / 4
@@ -161,6 +226,11 @@ def test_every_name_of_train_loss_builds_the_loss_it_names():
         "focal": FocalLoss,
         "cb": CBLoss,
         "label_smoothing": LabelSmoothingCrossEntropy,
+        "weighted_ce": WeightedCrossEntropy,
+        "balanced_softmax": BalancedSoftmaxLoss,
+        "logit_adjustment": LogitAdjustedLoss,
+        "ldam": LDAMLoss,
+        "ordinal": OrdinalLoss,
     }
 
 
