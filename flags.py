@@ -1,6 +1,7 @@
 """The flags of `main.py`: what there is, what it may be, and what a resumed run takes over from its checkpoint."""
 
 import argparse
+import functools
 import math
 import os
 import re
@@ -95,6 +96,13 @@ def build_parser():
     add_run_flags(parser.add_argument_group("run"))
     add_wandb_flags(parser.add_argument_group("Weights & Biases"))
     return parser
+
+
+@functools.cache
+def flag_of(word):
+    """--lr, --lr=0.1, --learning_rate, lr -> learning_rate: the flag that a word of the command line names."""
+    option = f"--{word.removeprefix('--').partition('=')[0]}"
+    return getattr(build_parser()._option_string_actions.get(option), "dest", option)
 
 
 def add_data_flags(group):

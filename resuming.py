@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-from files import Damaged, UserError, write_history
+from files import Damaged, LossyStream, UserError, write_history
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint
 
 LAST, PREVIOUS, BEST, DAMAGED = "last_model.pth", "previous_model.pth", "best_model.pth", "damaged_model.pth"
@@ -85,6 +85,25 @@ class Signals:
         finally:
             self._deferred = False
         self.raise_if_stopped()
+
+
+def exit_status(run, argv):
+    """Run a command that the same command line goes on with. -> 0 done, 2 a mistake of the user's, 128 + N a signal."""
+    with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
+        try:
+            run(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            print("stopped; go on with the same command", file=sys.stderr)
+            return stop.status
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------- saving

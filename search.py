@@ -10,7 +10,6 @@ command goes on where it was, unfinished trials from their own checkpoints.
 
 import argparse
 import csv
-import functools
 import os
 import shlex
 import signal
@@ -18,19 +17,19 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 import main
-from files import LossyStream, UserError, atomic_write, first_line, write_csv
-from flags import BEST_METRICS, Parser, number
+from files import UserError, atomic_write, first_line, write_csv
+from flags import BEST_METRICS, Parser, flag_of, number
 from flags import build_parser as build_main_parser
-from resuming import LAST, PREVIOUS, Signals, Stopped
+from resuming import Signals, exit_status
 from sweep_config import read_sweep
-from trials import TrialProcess, is_in_use, stop_process_in
+from trials import OWN_FLAGS, TrialProcess, check_no_own_flags, is_left_over, keep_best_model_only
 
 os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
 import optuna
@@ -47,8 +46,6 @@ MOST_KILLS = 2  # of a trial that is gone on with, as by a system without memory
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
 # flags that may differ from one time to the next: the trials stay comparable
 NEUTRAL_FLAGS = {"device", "num_workers", "cache_dir", "no_cache", "save_every", "save_minutes", "max_megapixels"}
-# flags that the search sets itself, or cannot use
-OWN_FLAGS = {"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo"}
 DATA_FLAGS = {"data_dirs", "val_dirs", "test_dirs"}
 
 
@@ -90,8 +87,8 @@ class Search:
     def __init__(self, args, main_flags, config):
         self.args, self.main_flags, self.config = args, main_flags, config
         self.folder, self.host = Path(args.search_dir).absolute(), socket.gethostname()
-        given = {meaning(word.partition("=")[0]) for word in main_flags if word.startswith("--")}
-        config.parameters = [p for p in config.parameters if meaning(f"--{p.name}") not in given]
+        given = {flag_of(word) for word in main_flags if word.startswith("--")}
+        config.parameters = [p for p in config.parameters if flag_of(p.name) not in given]
         if config.metric in BEST_METRICS and "best_metric" not in given:
             self.main_flags = ["--best_metric", config.metric, *main_flags]
         self.constants = self._check_flags()
@@ -101,7 +98,7 @@ class Search:
         self.trials = min(wanted, len(self.points)) if self.points else wanted  # of a grid no point comes twice
         self.folder.mkdir(parents=True, exist_ok=True)
         self.running, self.failures, self.is_stopping, self.last_beat = [], [], False, 0.0
-        self.told_to_end = set()  # numbers of trials that a killed search has left
+        self.told_to_end = set()  # folders of trials that a killed search has left
         self.study = self._open_study()
 
     # ---------------------------------------------------------------------------------------------------- the flags
@@ -119,15 +116,13 @@ class Search:
         """Try every value that a trial could get on main.py's own parser. -> the flags that all trials share."""
         path, parse = self.config.path, build_main_parser().parse_args
         parse(self.main_flags)
-        for word in self.main_flags:
-            if word.partition("=")[0].removeprefix("--") in OWN_FLAGS:
-                raise UserError(f"{word}: the search names the folders of its trials itself; leave this flag out")
+        check_no_own_flags(self.main_flags)
         meanings = {}
         for parameter in self.config.parameters:
-            former = meanings.setdefault(meaning(f"--{parameter.name}"), parameter.name)
+            former = meanings.setdefault(flag_of(parameter.name), parameter.name)
             if former != parameter.name:
                 raise UserError(f"{path}: parameters.{former} and parameters.{parameter.name} are the same flag")
-            if meaning(f"--{parameter.name}") in OWN_FLAGS:
+            if flag_of(parameter.name) in OWN_FLAGS:
                 raise UserError(f"{path}: parameters.{parameter.name}: the search sets this flag itself")
             for value in parameter.samples():
                 try:
@@ -215,11 +210,8 @@ class Search:
     def _start_what_fits(self):
         """-> whether a trial that nobody watches still has a process, which is to end first."""
         alone = [frozen for frozen in self.finished(TrialState.RUNNING) if self._is_alone(frozen)]
-        busy = [frozen for frozen in alone if is_in_use(frozen.user_attrs.get("run_dir", ""))]
-        for frozen in busy:  # its search was killed: it saves, and this search goes on with it
-            if frozen.number not in self.told_to_end:  # a second signal would end it before it has saved
-                self.told_to_end.add(frozen.number)
-                stop_process_in(frozen.user_attrs["run_dir"])
+        # those whose search was killed save and end, and this search goes on with them
+        busy = [frozen for frozen in alone if is_left_over(frozen.user_attrs.get("run_dir", ""), self.told_to_end)]
         free = [frozen for frozen in alone if frozen not in busy]
         while len(self.running) + len(busy) < self.args.jobs:
             if free:
@@ -270,11 +262,8 @@ class Search:
         trial.set_user_attr("owner", f"{self.host}:{os.getpid()}")
         trial.set_user_attr("beat", time.time())
         slot = min(set(range(self.args.jobs)) - {one.slot for one in self.running})
-        flags = self.command_flags(trial.params)
-        gpus = main.torch.cuda.device_count()
-        if gpus > 1 and build_main_parser().parse_args(flags).device == "auto":
-            flags += ["--device", f"cuda:{slot % gpus}"]
-        self.running.append(Running(trial, TrialProcess(flags, run_dir, self.args.jobs), slot, time.time()))
+        process = TrialProcess(self.command_flags(trial.params), run_dir, self.args.jobs, slot)
+        self.running.append(Running(trial, process, slot, time.time()))
 
     def _beat(self):
         if time.time() - self.last_beat > BEAT_SECONDS:
@@ -327,9 +316,8 @@ class Search:
 
     def _tell(self, one, value, state):
         self.study.tell(one.trial, value, state)
-        if state is not TrialState.FAIL:  # the best model stays; twenty trials would fill a disk with the others
-            for name in (LAST, PREVIOUS):
-                (one.process.run_dir / name).unlink(missing_ok=True)
+        if state is not TrialState.FAIL:
+            keep_best_model_only(one.process.run_dir)
         if not sys.stdout.isatty():
             print(self._line(self.study.get_trials(deepcopy=False)[one.trial.number]))
 
@@ -452,18 +440,12 @@ def is_process(pid):
     return True
 
 
-@functools.cache
-def meaning(option):
-    """--lr, --learning_rate -> learning_rate: the flag of main.py that an option is."""
-    return getattr(build_main_parser()._option_string_actions.get(option), "dest", option)
-
-
 def without(flags, name):
     """A command line of main.py without one flag, whatever its form (--lr, --no-pretrained), and what stands behind."""
     kept, is_kept = [], True
     for word in flags:
         if word.startswith("--"):
-            is_kept = meaning(word.partition("=")[0]) != meaning(name)
+            is_kept = flag_of(word) != flag_of(name)
         if is_kept:
             kept.append(word)
     return kept
@@ -474,35 +456,22 @@ def run(argv):
     known = {option[2:] for action in build_main_parser()._actions for option in action.option_strings}
     config = read_sweep(args.sweep, known - {"help"})
     args.search_dir = args.search_dir or f"search_{Path(args.sweep).stem}"
-    with Signals() as signals:
-        search = Search(args, main_flags, config)
-        try:
-            search.loop(signals)
-        finally:
-            search.write_results()
+    try:
+        with Signals() as signals:
+            search = Search(args, main_flags, config)
+            try:
+                search.loop(signals)
+            finally:
+                search.write_results()
+    except STORAGE_ERRORS as error:
+        raise UserError(f"--storage: {first_line(error)}") from error
     if search.failures and not search.finished(TrialState.COMPLETE):
         raise UserError(f"{len(search.failures)} trials failed and none was finished; {search.failures[-1]}")
 
 
 def main_search(argv=None):
     """-> exit status, as main.py's."""
-    argv = sys.argv[1:] if argv is None else argv
-    with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
-        try:
-            run(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except STORAGE_ERRORS as error:
-            print(f"error: --storage: {first_line(error)}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
-        except Stopped as stop:
-            print("stopped; go on with the same command", file=sys.stderr)
-            return stop.status
-    return 0
+    return exit_status(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

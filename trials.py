@@ -1,4 +1,4 @@
-"""A trial: main.py as a process of its own, with a folder and a log, watched by another program."""
+"""A trial: main.py as a process of its own, with a folder and a log, watched by another program, as search.py is."""
 
 import os
 import re
@@ -14,15 +14,28 @@ from joblib import cpu_count
 
 import main
 from files import LOCK_FILE, UserError, locked
+from flags import build_parser, flag_of
+from resuming import LAST, PREVIOUS
+
+# flags of main.py that the program which starts trials sets itself, or that trials have no use for
+OWN_FLAGS = {"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo", "folds", "fold"}
+
+
+def check_no_own_flags(words, own=OWN_FLAGS):
+    """Raise UserError if a command line for main.py has a flag that the program which starts it keeps to itself."""
+    for word in words:
+        if word.startswith("--") and flag_of(word) in own:
+            raise UserError(f"{word}: is set for each trial, or has no meaning there; leave this flag out")
 
 
 class TrialProcess:
     """main.py at work in `run_dir`, or going on with what is there. It is one of `jobs` at once on this machine."""
 
-    def __init__(self, flags, run_dir, jobs=1):
+    def __init__(self, flags, run_dir, jobs=1, slot=0):
+        """slot: 0 to jobs - 1, which of them it is. The cores are shared out, and the GPUs where there are several."""
         self.run_dir, self.log = Path(run_dir), log_of(run_dir)
         program = [sys.executable, str(Path(main.__file__).resolve())]
-        command = [*program, *flags, "--run_dir", str(run_dir), "--auto_resume"]
+        command = [*program, *flags, *_device_flags(flags, slot), "--run_dir", str(run_dir), "--auto_resume"]
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a", encoding="utf-8") as log:
             self._log_start = log.tell()
@@ -78,12 +91,33 @@ def is_in_use(run_dir):
         return True
 
 
-def stop_process_in(run_dir):
-    """Have a process of this machine that works in a run's folder save and end."""
-    with suppress(OSError):
-        held = re.match(r"process (\d+) on (.*)", Path(run_dir, LOCK_FILE).read_text())
-        if held and held[2] == socket.gethostname():
-            os.kill(int(held[1]), signal.SIGTERM)
+def is_left_over(run_dir, told):
+    """Whether a process that nobody watches any more is at work in a run's folder. It is told to save and end.
+
+    told: set of the folders whose process was told: a second signal would end it before it has saved.
+    """
+    if not is_in_use(run_dir):
+        return False
+    if run_dir not in told:
+        told.add(run_dir)
+        with suppress(OSError):
+            held = re.match(r"process (\d+) on (.*)", Path(run_dir, LOCK_FILE).read_text())
+            if held and held[2] == socket.gethostname():
+                os.kill(int(held[1]), signal.SIGTERM)
+    return True
+
+
+def keep_best_model_only(run_dir):
+    """Of a trial that has ended: many trials would fill a disk with the other checkpoints."""
+    for name in (LAST, PREVIOUS):
+        Path(run_dir, name).unlink(missing_ok=True)
+
+
+def _device_flags(flags, slot):
+    gpus = main.torch.cuda.device_count()
+    if gpus > 1 and build_parser().parse_args(flags).device == "auto":
+        return ["--device", f"cuda:{slot % gpus}"]
+    return []
 
 
 def _environment(jobs):

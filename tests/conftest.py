@@ -29,6 +29,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
 # a background job ignores Ctrl-C, and so would the processes that the tests start and stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(main.__file__).parent
+THIN_MAIN = str(ROOT / "tests" / "thin_main.py")
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 
@@ -64,6 +65,14 @@ def start_main(*flags, program=ROOT / "main.py", **options):
     command = [sys.executable, str(program), *map(str, flags)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
+
+
+def start_with_thin_trials(program, *flags):
+    """search or ablate as a process whose trials are tests/thin_main.py. -> Popen."""
+    script = f"import sys, main, {program}; main.__file__ = {THIN_MAIN!r}; sys.exit({program}.main_{program}())"
+    command = [sys.executable, "-c", script, *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def wait_for(condition, seconds=150):
@@ -106,6 +115,11 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def thin_network(monkeypatch):
     monkeypatch.setattr(resnet_custom, "resnet50", thin_resnet50)
+
+
+@pytest.fixture
+def thin_trials(monkeypatch):
+    monkeypatch.setattr(main, "__file__", THIN_MAIN)
 
 
 @pytest.fixture

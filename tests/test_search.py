@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,15 +12,14 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from conftest import ROOT, TINY_FLAGS, read_rows, wait_for
+from conftest import ROOT, TINY_FLAGS, read_rows, start_with_thin_trials, wait_for
 
-import main
 import search
 from files import UserError
 from flags import build_parser
 from sweep_config import Parameter, read_sweep
 
-THIN_MAIN = str(ROOT / "tests" / "thin_main.py")
+pytestmark = pytest.mark.usefixtures("thin_trials")
 SWEEP = {
     "program": "main.py",
     "method": "random",
@@ -198,12 +195,6 @@ def test_flags_of_the_command_line_take_the_place_of_the_yamls():
 # ------------------------------------------------------------------------------------------------------ whole searches
 
 
-@pytest.fixture(autouse=True)
-def thin_trials(monkeypatch):
-    monkeypatch.setattr(main, "__file__", THIN_MAIN)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def run_search(path, *flags, data_dir):
     tiny = [*TINY_FLAGS[:5], "--data_dirs", str(data_dir)]
     return search.main_search([str(path), "--search_dir", str(path.parent / "found"), *map(str, flags), *tiny])
@@ -256,7 +247,7 @@ def test_a_command_that_cannot_work_ends_the_search(tmp_path, capsys):
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert "3 trials failed and none was finished" in error and f"no folder {tmp_path / 'gone'}" in error
     assert run_search(path, "--run_dir", "x", data_dir=tmp_path) == 2
-    assert "--run_dir: the search names the folders" in capsys.readouterr().err
+    assert "--run_dir: is set for each trial" in capsys.readouterr().err
 
 
 def test_trials_that_do_not_promise_anything_are_stopped_early(tmp_path, data_dir):
@@ -271,11 +262,8 @@ def test_trials_that_do_not_promise_anything_are_stopped_early(tmp_path, data_di
 
 
 def start_search(path, data_dir, *flags):
-    script = f"import sys, main, search; main.__file__ = {THIN_MAIN!r}; sys.exit(search.main_search())"
-    tiny = [*TINY_FLAGS[:5], "--data_dirs", str(data_dir)]
-    command = [sys.executable, "-c", script, str(path), "--search_dir", str(path.parent / "found"), *flags, *tiny]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    tiny = [*TINY_FLAGS[:5], "--data_dirs", data_dir]
+    return start_with_thin_trials("search", path, "--search_dir", path.parent / "found", *flags, *tiny)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
