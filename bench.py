@@ -2,11 +2,12 @@
 """Measure speed against the usual recipe of this task, side by side in one run.
 
 python bench.py                     everything: a table, and bench.json
-python bench.py --parts input step  some of input, step, startup, memory
+python bench.py --parts input step  some of input, step, evaluation, startup, memory
 """
 
 import argparse
 import functools
+import math
 import multiprocessing
 import os
 import platform
@@ -25,6 +26,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from sklearn import metrics as sk_metrics
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -44,6 +46,8 @@ from engine import DeviceBatches, Engine, RunningFigures, keep_freed_memory, res
 from files import UserError, progress_bar, write_json
 from flags import parse_args
 from image_cache import ImageCache, Paths
+from leaks import near_duplicates
+from metrics import RESAMPLES, full_metrics
 from model import IMAGENET_MEAN, IMAGENET_STD, Model
 from utils import CBLoss
 
@@ -53,6 +57,7 @@ CLASSES = len(SAMPLES_PER_CLS)
 SOURCE_SIDES = (224, 1024)  # pixels of the photographs that are read
 PHOTOS, ROUNDS = 128, 3
 STARTUP_FILES = (10_000, 100_000)
+PREDICTIONS, DUPLICATE_IMAGES = 100_000, 10_000
 INDEX_SIZE = 1_000_000
 MATRIX_SIZE = 4096
 
@@ -282,6 +287,51 @@ def write_many_files(folder, count):
         (folder / str(number % CLASSES) / f"person_{number // 10:06d}_{number % 10}.jpg").write_bytes(content)
 
 
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def reference_figures(targets, probabilities, rng):
+    """One stratified resample, and its figures by scikit-learn."""
+    members = [np.flatnonzero(targets == c) for c in range(CLASSES)]
+    drawn = np.concatenate([rng.choice(of_class, len(of_class)) for of_class in members])
+    targets, probabilities = targets[drawn], probabilities[drawn]
+    predictions = probabilities.argmax(axis=1)
+    sk_metrics.precision_recall_fscore_support(targets, predictions, zero_division=0)
+    for c in range(CLASSES):
+        sk_metrics.roc_auc_score(targets == c, probabilities[:, c])
+        sk_metrics.average_precision_score(targets == c, probabilities[:, c])
+
+
+def measure_evaluation():
+    """Bootstrap resamples a second, with all figures of each; seconds to look for near-duplicate photographs."""
+    rng = np.random.default_rng(0)
+    shares = np.array(SAMPLES_PER_CLS) / sum(SAMPLES_PER_CLS)
+    targets = np.repeat(np.arange(CLASSES), np.maximum(2, (shares * PREDICTIONS).astype(int)))
+    scores = rng.normal(size=(len(targets), CLASSES)) + 2 * np.eye(CLASSES)[targets]
+    probabilities = torch.softmax(torch.from_numpy(scores), dim=1).float().numpy()
+
+    def rate(resamples, compute):
+        started = time.perf_counter()
+        compute()
+        return resamples / (time.perf_counter() - started)
+
+    rates = median_of_rounds(
+        {
+            "reference": lambda: rate(1, lambda: reference_figures(targets, probabilities, rng)),
+            "ours": lambda: rate(
+                RESAMPLES, lambda: full_metrics(targets, probabilities, range(CLASSES), SAMPLES_PER_CLS)
+            ),
+        }
+    )
+    shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    noise = rng.integers(256, size=DUPLICATE_IMAGES * 1000 + math.prod(shape), dtype=np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(noise, math.prod(shape))[::1000]  # each image another
+    pixels = windows[:DUPLICATE_IMAGES].reshape(-1, *shape)
+    started = time.perf_counter()
+    near_duplicates(pixels, np.arange(DUPLICATE_IMAGES), np.arange(DUPLICATE_IMAGES) % 3)
+    return {"resamples_per_second": rates, "near_duplicates_s": time.perf_counter() - started}
+
+
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
@@ -353,6 +403,12 @@ def table(results):
         rows[-1] += (f"{ours / reference:.2f}x",)
         shares = f"{step['reference_share_of_peak']:.0%}", f"{step['share_of_peak']:.0%}"
         rows.append((f"share of the matrix peak, {step['peak_gflops']:.0f} GFLOP/s", *shares, ""))
+    if evaluation := results.get("evaluation"):
+        reference, ours = (evaluation["resamples_per_second"][name] for name in ("reference", "ours"))
+        rows.append((f"bootstrap of {PREDICTIONS:,} predictions, resamples/s", f"{reference:.2f}", f"{ours:.0f}"))
+        rows[-1] += (f"{ours / reference:.0f}x",)
+        seconds = f"{evaluation['near_duplicates_s']:.1f}"
+        rows.append((f"near-duplicates of {DUPLICATE_IMAGES:,} images, s", "", seconds, ""))
     for count, seconds in results.get("startup", {}).items():
         first, second = (f"{seconds[name]:.2f}" for name in ("first_s", "second_s"))
         rows.append((f"start, {count} files: first / second time, s", "", f"{first} / {second}", ""))
@@ -362,7 +418,13 @@ def table(results):
 
 
 def bench(argv=None):
-    parts = {"input": "input", "step": "step", "startup": "startup", "memory": "memory_mb"}
+    parts = {
+        "input": "input",
+        "step": "step",
+        "evaluation": "evaluation",
+        "startup": "startup",
+        "memory": "memory_mb",
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="[all]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
@@ -375,6 +437,7 @@ def bench(argv=None):
     measures = {
         "input": lambda: measure_input(device),
         "step": lambda: measure_step(device, args.compile),
+        "evaluation": measure_evaluation,
         "startup": lambda: measure_startup(device),
         "memory": lambda: measure_memory(device),
     }

@@ -105,6 +105,8 @@ def near_duplicates(pixels, rows, of_part):
         blocks = np.array_split(here, max(1, len(here) // 256))
         done = list(pool.map(lambda block: _thumbnails_and_hashes(pixels, rows[block]), blocks))
     thumbnails, hashes = (np.concatenate(parts) for parts in zip(*done, strict=True))
+    varied = thumbnails.any(axis=1)  # images of one colour are all alike, and say nothing
+    here, thumbnails, hashes = here[varied], thumbnails[varied], hashes[varied]
     pairs = _close_pairs(hashes)
     pairs = pairs[of_part[here[pairs[:, 0]]] != of_part[here[pairs[:, 1]]]]
     correlation = np.einsum("np,np->n", thumbnails[pairs[:, 0]], thumbnails[pairs[:, 1]])

@@ -156,13 +156,13 @@ class Weighted:
 
 def confusion_figures(matrices):
     """(B, C, C) confusion matrices, rows true classes -> {"acc", "balanced_acc", "macro_f1": (B,); "precision",
-    "recall", "f1": (B, C)}. Classes that occur in none of them do not count."""
+    "recall", "f1": (B, C)}. Classes that do not occur in a matrix do not count in its means."""
     hits, of_class, predicted = np.einsum("bii->bi", matrices), matrices.sum(2), matrices.sum(1)
     recall, f1 = _share(hits, of_class), _share(2 * hits, of_class + predicted)
     return {
         "acc": hits.sum(axis=1) / of_class.sum(axis=1),
-        "balanced_acc": recall[:, of_class.any(axis=0)].mean(axis=1),
-        "macro_f1": f1[:, (of_class + predicted).any(axis=0)].mean(axis=1),
+        "balanced_acc": recall.sum(axis=1) / (of_class > 0).sum(axis=1),
+        "macro_f1": f1.sum(axis=1) / (of_class + predicted > 0).sum(axis=1),
         "precision": _share(hits, predicted),
         "recall": recall,
         "f1": f1,

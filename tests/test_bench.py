@@ -14,7 +14,14 @@ def small_bench(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"IMAGE_SIZE": 32, "BATCH_SIZE": 4, "SOURCE_SIDES": (48, 64), "PHOTOS": 8, "ROUNDS": 1}
-        for name, value in {**sizes, "STARTUP_FILES": (70, 140), "INDEX_SIZE": 1000, "MATRIX_SIZE": 64}.items():
+        for name, value in {
+            **sizes,
+            "STARTUP_FILES": (70, 140),
+            "INDEX_SIZE": 1000,
+            "MATRIX_SIZE": 64,
+            "PREDICTIONS": 500,
+            "DUPLICATE_IMAGES": 50,
+        }.items():
             patch.setattr(bench, name, value)
         # in this process, which knows the small sizes
         patch.setattr(bench, "usual_process", lambda: ThreadPoolExecutor(1))
@@ -23,7 +30,7 @@ def small_bench(tmp_path_factory):
 
 
 def test_every_part_is_measured_and_written(small_bench):
-    assert set(small_bench) == {"input", "step", "startup", "memory_mb", "machine"}
+    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine"}
     for rates in (small_bench["input"]["48"], small_bench["input"]["64"]):
         assert set(rates) == {"reference", "cold", "warm"} and all(rate > 0 for rate in rates.values())
     step = small_bench["step"]
@@ -31,6 +38,8 @@ def test_every_part_is_measured_and_written(small_bench):
         step["images_per_second"] * step["gflop_per_image"] / step["peak_gflops"]
     )
     assert step["reference_images_per_second"] > 0
+    rates = small_bench["evaluation"]["resamples_per_second"]
+    assert rates["ours"] > rates["reference"] > 0 and small_bench["evaluation"]["near_duplicates_s"] > 0
     assert set(small_bench["startup"]) == {"70", "140"}
     assert all(seconds["second_s"] > 0 for seconds in small_bench["startup"].values())
     assert 0 < small_bench["memory_mb"]["per_worker"] < small_bench["memory_mb"]["process"]

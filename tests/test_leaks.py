@@ -70,6 +70,13 @@ def test_near_duplicates_in_other_parts_are_found_and_no_others(name):
     assert near_duplicates(pixels, np.arange(302), of_part) == [(0, 300)]
 
 
+def test_images_of_one_colour_are_no_near_duplicates():
+    pixels = np.concatenate([np.full((1, 64, 64, 3), 199, np.uint8), smooth_images(5)])
+    rows = np.array([0] * 20_000 + [3, 4, 3])
+    assert near_duplicates(pixels, rows, np.arange(20_003)) == [(20_000, 20_002)]
+    assert near_duplicates(pixels, rows[:20_000], np.arange(20_000)) == []
+
+
 def test_a_run_lists_photographs_that_are_in_two_parts(tmp_path, capsys, thin_network):
     data = write_class_folders(tmp_path / "train")
     tests = write_class_folders(tmp_path / "test", seed=5)
