@@ -4,7 +4,6 @@
 python report.py checkpoints_*         # mean and spread over the seeds and folds of runs with the same flags
 """
 
-import argparse
 import base64
 import html
 import json
@@ -19,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from files import UserError, atomic_write
+from flags import Parser
+from resuming import exit_status
 
 # matplotlib's own font has no Hangul; these, where installed, draw class names that need it
 HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
@@ -224,17 +225,16 @@ def _picture(path):
     return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
 
 
-def main(argv=None):
-    """-> exit status."""
-    parser = argparse.ArgumentParser(description=compare.__doc__, prog="report.py")
+def run(argv):
+    parser = Parser(description=compare.__doc__, allow_abbrev=False, prog="report.py")
     parser.add_argument("run_dirs", nargs="+", metavar="RUN", help="folder of a finished run of main.py")
-    try:
-        compare(parser.parse_args(argv).run_dirs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    compare(parser.parse_args(argv).run_dirs)
+
+
+def main_report(argv=None):
+    """-> exit status, as main.py's."""
+    return exit_status(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_report())

@@ -120,9 +120,9 @@ def test_folds_are_trained_one_after_the_other_and_summed_up(data_dir, tmp_path,
     assert spread["test_balanced_acc"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert run_main(*flags) == 2 and "exists already" in capsys.readouterr().err
     assert run_main(*flags, "--auto_resume") == 0 and capsys.readouterr().out.count("finished before") == 3
-    assert report.main([str(tmp_path / "cv" / f"fold_{fold}") for fold in range(3)]) == 0
+    assert report.main_report([str(tmp_path / "cv" / f"fold_{fold}") for fold in range(3)]) == 0
     assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in capsys.readouterr().out
-    assert report.main([str(tmp_path)]) == 2
+    assert report.main_report([str(tmp_path)]) == 2
     assert f"error: {tmp_path}: is not a finished run" in capsys.readouterr().err
 
 
