@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +43,6 @@ from dataset_double import (
 )
 from engine import Engine, Mixer, RunningFigures, keep_freed_memory, lr_lambda, progressive_size, resolve_amp
 from files import (
-    LossyStream,
     UserError,
     locked,
     new_folder,
@@ -66,6 +65,7 @@ from resuming import (
     Keeper,
     Signals,
     Stopped,
+    exit_status,
     set_damaged_aside,
     settle_best_model,
 )
@@ -643,7 +643,7 @@ def run_folds(argv, first, signals):
 
 
 def run(argv, signals):
-    """What the command line asks for. -> exit status."""
+    """What the command line asks for. -> exit status; raises UserError and OSError."""
     args = None
     try:
         first = first_look(argv)
@@ -659,15 +659,6 @@ def run(argv, signals):
                 print(f"finished before: {args.epochs} epochs, results lie in {run_dir}")
             else:
                 train(args, checkpoint, device, run_dir, signals)
-    except UserError as error:
-        # an error raised in a loader worker arrives with that process's traceback in front of its text
-        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except Stopped as stop:
         print(f"stopped{how_to_go_on(args, argv, signals)}", file=sys.stderr)
         if "WANDB_SWEEP_ID" in os.environ:
@@ -684,8 +675,8 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))  # a container may have fewer than the machine
-    with Signals() as signals, redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
-        return run(argv, signals)
+    with Signals() as signals:
+        return exit_status(functools.partial(run, signals=signals), argv)
 
 
 if __name__ == "__main__":

@@ -88,12 +88,13 @@ class Signals:
 
 
 def exit_status(run, argv):
-    """Run a command that the same command line goes on with. -> 0 done, 2 a mistake of the user's, 128 + N a signal."""
+    """Run a command. -> its own exit status, or 0 done, 2 a mistake of the user's, 128 + N stopped by signal N."""
     with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
         try:
-            run(argv)
+            return run(argv) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            # an error raised in a loader worker arrives with that process's traceback in front of its text
+            print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
             return 2
         except OSError as error:
             if error.filename is None:
@@ -103,7 +104,6 @@ def exit_status(run, argv):
         except Stopped as stop:
             print("stopped; go on with the same command", file=sys.stderr)
             return stop.status
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
