@@ -197,6 +197,18 @@ class Mixer:
         return mixed, shares[0, 0].item()
 
 
+def moving_average(decay):
+    """For `AveragedModel`: the exponential moving average, whose decay rises to `decay` as (1 + t) / (10 + t).
+
+    With `decay` from the first step t on, what is averaged would for hundreds of steps be the initial weights.
+    """
+
+    def update(averaged, current, steps):
+        get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
+
+    return update
+
+
 @dataclass
 class Engine:
     """A model with all that is needed to train and evaluate it on `device`, in `amp_dtype` (None: float32)."""
@@ -218,8 +230,7 @@ class Engine:
         self.criterion.to(self.device)
         self.average = None
         if self.ema:
-            average = get_ema_multi_avg_fn(self.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.ema), use_buffers=True)
         if self.compile:
             self.model.compile()
         # scales the loss under float16 only, whose small gradients would vanish; elsewhere it does nothing
@@ -237,14 +248,15 @@ class Engine:
             return model(images).float()
 
     def retrain_head(self, anew):
-        """Classifier re-training (Kang et al. 2020): only the head is trained from now on."""
-        self.model.freeze_backbone()
+        """Classifier re-training (Kang et al. 2020): only the head is trained from now on, on what was evaluated."""
         if anew:
+            if self.average:
+                self.model.load_state_dict(self.average.module.state_dict())
+                self.average.n_averaged.zero_()
             self.model.head.reset_parameters()
             for parameter in self.model.head.parameters():
                 self.optimizer.state.pop(parameter, None)
-            if self.average:
-                self.average.module.load_state_dict(self.model.state_dict())
+        self.model.freeze_backbone()
 
     def load_initial_weights(self, state_dict, classes, own_classes):
         """See `Model`."""

@@ -339,6 +339,7 @@ def make_checkpoint(engine, progress, args, parts, samples_per_cls, wandb_id, po
         "position": position,
         "model_state_dict": engine.evaluated.state_dict(),
         "raw_state_dict": engine.model.state_dict() if engine.average else {},
+        "averaged_steps": int(engine.average.n_averaged) if engine.average else 0,
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "scheduler_state_dict": engine.scheduler.state_dict(),
         "scaler_state_dict": engine.scaler.state_dict(),
@@ -371,7 +372,8 @@ def restore(engine, checkpoint, args, stages, run_dir):
         engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
         if engine.average:
             engine.model.load_state_dict(checkpoint["raw_state_dict"] or checkpoint["model_state_dict"])
-            engine.average.n_averaged.fill_(1)  # it has begun: go on averaging
+            # at least one: a run without --ema, resumed with it, begins with the weights that it has
+            engine.average.n_averaged.fill_(max(1, checkpoint["averaged_steps"]))
         engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16

@@ -22,6 +22,7 @@ CHECKPOINT_TYPES = {
     "position": (dict, type(None)),  # in the epoch after it, as `RunningFigures.position`; None: between two epochs
     "model_state_dict": dict,  # what was validated: with --ema the averaged weights
     "raw_state_dict": dict,  # with --ema those that are trained, else empty
+    "averaged_steps": int,  # with --ema, over which the average goes
     "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
     "posthoc": (dict, type(None)),  # tau and temperature, fitted when the training has ended
     "best_metric": float, "best_metric_name": str, "best_epoch": int,
@@ -36,7 +37,8 @@ CHECKPOINT_TYPES = {
 class CosineHead(nn.Module):
     """Logits: `scale` times the cosine between an image's features and each class's weights (Cao et al. 2019, app. C).
 
-    features: (N, num_features) -> (N, num_classes). A long weight vector, as large classes grow, has no advantage.
+    features: (N, num_features) -> (N, num_classes) float32. A long weight vector, as large classes grow, has no
+    advantage.
     """
 
     def __init__(self, num_features, num_classes, scale=LDAM_SCALE):
@@ -46,10 +48,12 @@ class CosineHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.normal_(self.weight)
+        # of length 1: Adam's steps have one size, by which a long vector would hardly turn
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, features):
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+        with torch.autocast(features.device.type, enabled=False):  # a cosine has no digits to lose
+            return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
 
 
 class Model(nn.Module):

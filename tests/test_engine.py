@@ -8,6 +8,7 @@ from torch import nn
 
 from engine import DeviceBatches, Engine, Mixer, RunningFigures, lr_lambda, progressive_size, resize, resolve_amp
 from files import UserError
+from model import Model
 from utils import CBLoss, CrossEntropy
 
 CPU = torch.device("cpu")
@@ -289,15 +290,34 @@ def test_the_loss_of_mixed_images_is_mixed_alike():
     torch.testing.assert_close(loss, expected)
 
 
-def test_averaged_weights_are_the_papers_moving_average_and_are_what_is_evaluated():
+def test_averaged_weights_are_a_moving_average_and_are_what_is_evaluated():
     engine = make_engine(ema=0.9)
     loader, weights = batches(), []
     one_epoch(engine, loader, after_step=lambda: weights.append(engine.model.layers[-1].weight.detach().clone()))
     average = weights[0]
-    for weight in weights[1:]:
-        average = 0.9 * average + 0.1 * weight
+    for step, weight in enumerate(weights[1:], start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(engine.evaluated.layers[-1].weight, average)
     assert engine.evaluated is not engine.model
+
+
+def test_a_new_head_is_trained_on_the_averaged_backbone_and_averaged_anew(thin_network):
+    engine = Engine(Model(3), CrossEntropy(), torch.device("cpu"), clip_grad=1.0, ema=0.999)
+    engine.optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1)
+    images, targets = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2])
+    for _ in range(3):
+        engine._step([(images, targets)], RunningFigures(0, engine.device), None)
+    averaged = {name: value.clone() for name, value in engine.evaluated.state_dict().items()}
+    engine.retrain_head(anew=True)
+    engine.model.train()
+    engine._step([(images, targets)], RunningFigures(1, engine.device), None)
+    for name, value in engine.evaluated.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, averaged[name]), name
+        else:  # after one step its average is itself
+            assert torch.equal(value, engine.model.state_dict()[name]) and not torch.equal(value, averaged[name])
 
 
 def test_mirrored_evaluation_averages_the_logits_of_both():

@@ -8,6 +8,7 @@ from torchvision.transforms.v2.functional import normalize
 from files import UserError
 from model import (
     CHECKPOINT_TYPES,
+    CosineHead,
     Model,
     backbone_state_dict,
     checkpoint_bytes,
@@ -123,3 +124,18 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 def test_backbone_names_carry_no_head():
     assert list(backbone_state_dict({"conv1.weight": 1, "fc.weight": 2})) == ["backbone.conv1.weight"]
+
+
+def test_the_cosine_head_alone_learns_at_the_default_learning_rate():
+    torch.manual_seed(0)
+    head, targets = CosineHead(512, 4), torch.arange(200) % 4
+    features = torch.randn(4, 512)[targets] + torch.randn(200, 512)
+    logits = head(features)
+    torch.testing.assert_close(logits / 30, torch.cosine_similarity(features[:, None], head.weight[None], dim=2))
+    assert head(features.bfloat16()).dtype == torch.float32
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features), targets).backward()
+        optimizer.step()
+    assert (head(features).argmax(1) == targets).float().mean() > 0.95
