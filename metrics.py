@@ -4,12 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from joblib import cpu_count
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, recall_score
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 CHUNK = 4  # resamples that one thread works on at a time: with 100,000 images they stay in its cache
 ECE_BINS = 15
+RANKINGS = ("auroc", "average_precision")  # of one class against the others
 # classes by their number of training images, as in Liu et al. 2019 (Large-Scale Long-Tailed Recognition), sec. 5
 SHOTS = {"many_shot": (101, np.inf), "medium_shot": (20, 100), "few_shot": (1, 19)}
 
@@ -57,76 +59,112 @@ def precision_recall_points(targets, probabilities, classes, points=51):
 # ------------------------------------------------------------------------------------------- of a whole evaluation
 
 
-def full_metrics(targets, probabilities, classes, samples_per_cls, ordinal=False, resamples=RESAMPLES):
-    """Every figure, beside each `<figure>_ci: [low, high]`, the 95 % interval of a bootstrap stratified by class.
+def full_metrics(targets, probabilities, classes, samples_per_cls, ordinal=False, groups=None, resamples=RESAMPLES):
+    """Every figure, beside each `<figure>_ci: [low, high]`, its 95 % interval by `Bootstrap`.
 
-    targets: (N,) int; probabilities: (N, C); samples_per_cls: (C,) original training counts. -> {acc, balanced_acc,
-    macro_f1, ece (expected calibration error, Guo et al. 2017), many_shot_acc, medium_shot_acc, few_shot_acc (mean
-    recall of the classes with more than 100, 20 to 100, fewer than 20 training images, where there are any), per_class
-    {class: precision, recall, f1, auroc, average_precision, support}, confusion_matrix (rows: true class)}; `ordinal`
-    adds those of `_ordinal`, for classes in the order of their grades. A figure of a class that does not occur is None.
+    targets: (N,) int; probabilities: (N, C); samples_per_cls: (C,) original training counts; groups: (N,) int, the
+    person of each image, or None. -> {acc, balanced_acc, macro_f1, nll (mean negative log likelihood), ece (expected
+    calibration error, Guo et al. 2017), many_shot_acc, medium_shot_acc, few_shot_acc (mean recall of the classes with
+    more than 100, 20 to 100, fewer than 20 training images, where there are any), per_class {class: precision, recall,
+    f1, auroc, average_precision, support}, confusion_matrix (rows: true class)}; `ordinal` adds those of `_ordinal`,
+    for classes in the order of their grades. A figure of a class that does not occur is None, and a ranking where
+    there is no other class.
     """
     whole = Weighted(targets, probabilities, samples_per_cls, ordinal)
     estimate = whole.figures(np.ones((1, len(targets)), np.int32))
-    resampled = _resampled(whole, resamples)
+    resampled = _resampled(
+        whole, Bootstrap(whole.targets, groups if groups is None else groups[whole.order]), resamples
+    )
+    # what is drawn from a sample is worse calibrated than the sample, as that is than the truth
+    resampled["ece"] = np.maximum(0, resampled["ece"] - resampled["ece"].mean() + estimate["ece"])
     intervals = {name: np.percentile(values, INTERVAL, axis=0).T for name, values in resampled.items()}
+    intervals["recall"] = _widened(intervals["recall"], estimate["recall"][0], whole.support)
     results, per_class = {}, {str(name): {} for name in classes}
     for name, (values,) in estimate.items():
         if values.ndim == 0:
             results[name], results[f"{name}_ci"] = float(values), intervals[name].tolist()
             continue
         for i, row in enumerate(per_class.values()):
-            is_there = whole.support[i] > 0
-            row[name] = float(values[i]) if is_there else None
-            row[f"{name}_ci"] = intervals[name][i].tolist() if is_there else None
+            there_is = 0 < whole.support[i] < (len(targets) if name in RANKINGS else np.inf)
+            row[name] = float(values[i]) if there_is else None
+            row[f"{name}_ci"] = intervals[name][i].tolist() if there_is else None
     for row, support in zip(per_class.values(), whole.support, strict=True):
         row["support"] = int(support)
     return {**results, "per_class": per_class, "confusion_matrix": whole.confusion_matrix().tolist()}
 
 
-def _resampled(whole, resamples):
+def _widened(intervals, recall, support):
+    """Intervals of recall (C, 2), made to hold Wilson's: a bootstrap of 0 right ones of 8 would be sure of 0."""
+    widened = intervals.copy()
+    for i in np.flatnonzero(support):
+        wilson = binomtest(round(recall[i] * support[i]), support[i]).proportion_ci(method="wilson")
+        widened[i] = min(intervals[i, 0], wilson.low), max(intervals[i, 1], wilson.high)
+    return widened
+
+
+def _resampled(whole, bootstrap, resamples):
     """-> {name: (resamples, ...)} of `Weighted.figures`. The same numbers whatever the number of threads."""
 
     def chunk(start):
         rng = np.random.default_rng(start)
-        return whole.figures(whole.draw(min(CHUNK, resamples - start), rng))
+        return whole.figures(bootstrap.draw(min(CHUNK, resamples - start), rng))
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         parts = list(pool.map(chunk, range(0, resamples, CHUNK)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+class Bootstrap:
+    """How often each image is drawn in a resample, in which as many are drawn of each class as there are.
+
+    targets: (N,) int. groups: (N,) int or None; where they tell persons, it is persons that are drawn, with all their
+    images, as images of one are no independent witnesses. A person is of the rarest class that he has an image of.
+    """
+
+    def __init__(self, targets, groups=None):
+        self.units = None
+        class_of_unit = targets
+        if groups is not None:
+            self.units = np.unique(groups, return_inverse=True)[1]
+            class_of_unit = np.empty(self.units.max() + 1, int)
+            rarest_last = np.argsort(-np.bincount(targets)[targets], kind="stable")
+            class_of_unit[self.units[rarest_last]] = targets[rarest_last]
+        self.num_units = len(class_of_unit)
+        self.strata = [np.flatnonzero(class_of_unit == c) for c in np.unique(class_of_unit)]
+
+    def draw(self, resamples, rng):
+        """-> (resamples, N) int32"""
+        drawn = np.empty((resamples, self.num_units), np.int32)
+        for row in drawn:
+            for members in self.strata:
+                row[members] = np.bincount(rng.integers(0, len(members), len(members)), minlength=len(members))
+        return drawn if self.units is None else drawn[:, self.units]
+
+
 class Weighted:
     """The figures of an evaluation in which each image counts as often as its weight says.
 
     Of weights that are all one it is the evaluation itself; of how often each image was drawn, a bootstrap resample.
-    The images are sorted by class and prediction, so that what belongs together lies side by side.
+    The images are sorted by class and prediction, so that what belongs together lies side by side: weights are in this
+    `order`.
     """
 
     def __init__(self, targets, probabilities, samples_per_cls, ordinal=False):
         self.num_classes = probabilities.shape[1]
         predictions = np.argmax(probabilities, axis=1)
-        order = np.lexsort((predictions, targets))
-        self.targets, predictions, probabilities = targets[order], predictions[order], probabilities[order]
+        self.order = np.lexsort((predictions, targets))
+        self.targets, predictions, probabilities = (of[self.order] for of in (targets, predictions, probabilities))
         self.support = np.bincount(self.targets, minlength=self.num_classes)
         self.cells, self.cell_starts = np.unique(self.targets * self.num_classes + predictions, return_index=True)
         self.present = np.flatnonzero(self.support)
         self.ordinal, self.samples_per_cls = ordinal, np.asarray(samples_per_cls)
-        confidence = probabilities.max(axis=1)
+        confidence, images = probabilities.max(axis=1), np.arange(len(predictions))
         bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-        self.gaps = np.zeros((len(order), ECE_BINS), np.float32)
-        self.gaps[np.arange(len(order)), bins] = confidence - (predictions == self.targets)
+        # a column a bin of confidence, and one of the negative log likelihood
+        self.sums = np.zeros((len(predictions), ECE_BINS + 1), np.float32)
+        self.sums[images, bins] = confidence - (predictions == self.targets)
+        self.sums[:, -1] = -np.log(np.maximum(probabilities[images, self.targets], np.finfo(np.float32).tiny))
         self.rankings = [_Ranking(probabilities[:, c], self.targets == c) for c in range(self.num_classes)]
-
-    def draw(self, resamples, rng):
-        """How often each image is drawn, as many as there are from each class. -> (resamples, N) int32"""
-        weights = np.empty((resamples, len(self.targets)), np.int32)
-        for row in weights:
-            start = 0
-            for count in self.support[self.present]:
-                row[start : start + count] = np.bincount(rng.integers(0, count, count), minlength=count)
-                start += count
-        return weights
 
     def confusion_matrices(self, weights):
         """(B, N) -> (B, C, C), rows true classes."""
@@ -142,16 +180,16 @@ class Weighted:
         matrices = self.confusion_matrices(weights)
         figures = confusion_figures(matrices)
         recall = figures["recall"]
-        figures["ece"] = np.abs(weights.astype(np.float32) @ self.gaps).sum(axis=1) / len(self.targets)
+        sums = weights.astype(np.float32) @ self.sums / weights.sum(axis=1, keepdims=True)
+        figures |= {"ece": np.abs(sums[:, :-1]).sum(axis=1), "nll": sums[:, -1]}
         for name, (low, high) in SHOTS.items():
             group = [c for c in self.present if low <= self.samples_per_cls[c] <= high]
             if group:
                 figures[f"{name}_acc"] = recall[:, group].mean(axis=1)
         if self.ordinal:
             figures |= _ordinal(matrices)
-        ranked = [ranking.figures(weights) for ranking in self.rankings]
-        auroc, average_precision = (np.stack(values, axis=1) for values in zip(*ranked, strict=True))
-        return figures | {"auroc": auroc, "average_precision": average_precision}
+        ranked = zip(*(ranking.figures(weights) for ranking in self.rankings), strict=True)
+        return figures | {name: np.stack(values, axis=1) for name, values in zip(RANKINGS, ranked, strict=True)}
 
 
 def confusion_figures(matrices):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from metrics import full_metrics, precision_recall_points, recalls, summary_metrics
+from metrics import Bootstrap, full_metrics, precision_recall_points, recalls, summary_metrics
 
 
 def one_hot(predictions, classes):
@@ -126,6 +126,44 @@ def test_intervals_are_those_of_a_bootstrap_stratified_by_class(graded):
     np.testing.assert_allclose([*ours, figures["per_class"]["d"]["auroc_ci"]], expected, atol=0.015)
 
 
+def test_persons_are_drawn_with_all_their_images(graded):
+    """Four times the same photograph of a person tell no more than one."""
+    targets, probabilities = graded
+    once = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9])
+    targets, probabilities, persons = (np.repeat(of, 4, axis=0) for of in (*graded, np.arange(300)))
+    as_persons = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9], groups=persons)
+    as_images = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9])
+    for name in ("acc", "balanced_acc", "nll"):
+        width, of_persons, of_images = (np.ptp(of[f"{name}_ci"]) for of in (once, as_persons, as_images))
+        assert of_persons == pytest.approx(width, rel=0.15) and of_images == pytest.approx(width / 2, rel=0.15)
+
+
+def test_a_person_of_several_classes_is_drawn_with_the_rarest():
+    targets = np.array([0, 0, 0, 0, 0, 1, 0, 1])
+    bootstrap = Bootstrap(targets, np.array([7, 7, 8, 8, 9, 9, 5, 6]))
+    drawn = bootstrap.draw(200, np.random.default_rng(0))
+    assert (drawn[:, [0, 2, 4]] == drawn[:, [1, 3, 5]]).all()
+    assert (drawn[:, [5, 7]].sum(axis=1) == 2).all() and (drawn[:, [0, 2, 6]].sum(axis=1) == 3).all()
+
+
+def test_no_interval_is_sure_of_a_recall_of_nothing():
+    """Wilson 1927: of 0 right ones of 8, up to z^2 / (n + z^2)."""
+    targets = np.repeat([0, 1], [50, 8])
+    figures = full_metrics(targets, one_hot([0] * 58, 2), "ab", [9, 9], resamples=50)
+    assert figures["per_class"]["b"]["recall_ci"] == [0, pytest.approx(1.96**2 / (8 + 1.96**2), abs=1e-3)]
+    assert figures["per_class"]["a"]["recall_ci"][0] == pytest.approx(50 / (50 + 1.96**2), abs=1e-3)
+
+
+def test_the_calibration_error_lies_in_its_interval():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 800)
+    targets = (rng.random((800, 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
+    figures = full_metrics(targets, probabilities, "abc", [9, 9, 9], resamples=200)
+    low, high = figures["ece_ci"]
+    assert 0 <= low < figures["ece"] < high
+    assert figures["nll"] == pytest.approx(sk.log_loss(targets, probabilities))
+
+
 def test_intervals_do_not_depend_on_the_number_of_threads(graded, monkeypatch):
     several = full_metrics(*graded, "abcd", [9, 9, 9, 9], resamples=50)
     monkeypatch.setattr("metrics.cpu_count", lambda: 1)
@@ -137,6 +175,13 @@ def test_a_class_that_does_not_occur_has_no_figures():
     figures = full_metrics(np.array([0, 0, 1]), one_hot([0, 2, 1], 3), "abc", [9, 9, 9], ordinal=True, resamples=5)
     assert figures["per_class"]["c"]["recall"] is None and figures["per_class"]["c"]["auroc_ci"] is None
     assert figures["balanced_acc"] == pytest.approx(0.75)
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_one_class_alone_nothing_can_be_ranked():
+    figures = full_metrics(np.array([1, 1, 1]), one_hot([1, 0, 1], 2), "ab", [9, 9], resamples=5)
+    assert figures["per_class"]["b"]["auroc"] is figures["per_class"]["b"]["average_precision_ci"] is None
+    assert figures["per_class"]["b"]["recall"] == figures["balanced_acc"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.filterwarnings("error")
