@@ -28,7 +28,8 @@ import posthoc
 from files import UserError, atomic_write, own_folder, write_csv
 from flags import Parser, number, parse_args
 from image_cache import limit_image_size
-from metrics import confusion_figures
+from leaks import group_names
+from metrics import Bootstrap, confusion_figures
 from report import save_figure
 from resuming import Signals, exit_status
 from trials import OWN_FLAGS, TrialProcess, check_no_own_flags, is_left_over, keep_best_model_only
@@ -46,9 +47,16 @@ GRID = {
     "LDAM-DRW": "--train_loss ldam --drw_epoch 0.8E",
 }
 POSTHOC = "{}, logit adjustment post hoc"  # of the baseline: a row without a training of its own
-RESAMPLES = 2000
+RESAMPLES, CHUNK = 2000, 100
+METRICS = ("balanced_acc", "macro_f1")
 RAREST = 3  # classes whose recall the table shows
 POLL_SECONDS = 1
+
+
+# flags that must be the same for all
+GIVEN_TO_ALL = OWN_FLAGS | {
+    "seed", "epochs", "data_dirs", "val_dirs", "test_dirs", "split", "group_regex", "skip_broken", "wandb_mode", "help",
+}  # fmt: skip
 
 
 def build_parser():
@@ -57,7 +65,7 @@ def build_parser():
     )
     add = parser.add_argument
     add("--epochs", type=number(int, low=1), required=True, metavar="E", help="of the baseline; all get its steps")
-    add("--seeds", type=number(int, low=0), nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+    add("--seeds", type=number(int, low=0, below=2**32), nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
     add("--grid", metavar="YAML", help="{name: flags of main.py}, instead of the default remedies")
     add("--baseline", metavar="NAME", help="what the others are compared with [the first of the grid]")
     add("--ablate_dir", default="ablation", metavar="DIR", help="runs and results go here [ablation]")
@@ -90,8 +98,17 @@ def read_grid(path):
         raise UserError(f"--grid: {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--grid: {path} is no yaml: {' '.join(str(error).split())}") from error
-    if not isinstance(grid, dict) or not grid or not all(isinstance(flags, str) for flags in grid.values()):
+    if not isinstance(grid, dict) or not grid:
         raise UserError(f"--grid: {path}: a mapping is wanted, from a name to a text of main.py's flags")
+    for name, flags in grid.items():
+        if not isinstance(flags, str):
+            raise UserError(f'--grid: {path}: {name}: a text of flags is wanted, "" for none')
+        try:
+            check_no_own_flags(shlex.split(flags), GIVEN_TO_ALL)
+        except ValueError as error:
+            raise UserError(f"--grid: {path}: {name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"--grid: {path}: {name}: {error}") from error
     return {str(name): flags for name, flags in grid.items()}
 
 
@@ -106,16 +123,16 @@ def with_epochs(flags, epochs):
 
 
 def plan_runs(args, main_flags, grid, ablate_dir):
-    """-> [Run], seed by seed. Reads the images once, to count the steps, and checks every flag."""
-    common = [*main_flags, "--wandb_mode", "disabled"]
+    """-> ([Run], seed by seed, number of images). Reads the images once, to count steps, and checks every flag."""
+    common = ["--augment_all", *main_flags, "--wandb_mode", "disabled"]
 
     def parse(flags):
         return parse_args([*common, *flags], ablate_dir)[0]
 
     base = parse(["--epochs", str(args.epochs)])
     limit_image_size(base.max_megapixels)
-    index = main.split_data(base)["train"]
-    flags_of = {}
+    parts = main.split_data(base)
+    index, flags_of = parts["train"], {}
     for name, flags in grid.items():
         try:
             flags_of[name] = with_same_steps(flags, parse, base, index)
@@ -128,7 +145,7 @@ def plan_runs(args, main_flags, grid, ablate_dir):
         runs.append(Run(name, seed, [*common, *flags_of[name], "--seed", str(seed)], folder))
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("--grid / --seeds: two runs would have the same folder; give each a name of its own")
-    return runs
+    return runs, sum(map(len, parts.values()))
 
 
 def with_same_steps(flags, parse, base, index):
@@ -212,82 +229,134 @@ class Grid:
 # --------------------------------------------------------------------------------------------------------- the figures
 
 
+@dataclass
+class Tested:
+    """What a finished run says of its test images."""
+
+    results: dict
+    paths: list
+    targets: np.ndarray  # (N,)
+    predictions: dict  # {"raw", "posthoc"}, each (N,)
+    persons: list  # a name an image, or nothing without --group_regex
+
+
 def read_run(run):
-    """-> (results, paths, targets, {"raw": predictions, "posthoc": predictions}) of a finished run's test images."""
     results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     with open(run.folder / "test_predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.DictReader(file))
     targets = np.array([results["classes"].index(row["label"]) for row in rows])
     probabilities = np.array([[float(row[f"prob_{name}"]) for name in results["classes"]] for row in rows])
-    adjusted = posthoc.adjust(probabilities, results["samples_per_cls"], results["posthoc"]["tau"])
+    fitted = {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    adjusted = posthoc.adjust(probabilities, results["samples_per_cls"], **fitted)
     predictions = {"raw": probabilities.argmax(axis=1), "posthoc": adjusted.argmax(axis=1)}
-    return results, [row["path"] for row in rows], targets, predictions
+    paths = [row["path"] for row in rows]
+    pattern = json.loads((run.folder / "args.json").read_text(encoding="utf-8"))["group_regex"]
+    return Tested(results, paths, targets, predictions, group_names(paths, pattern) if pattern else [])
 
 
-def resampled_figures(targets, predictions, num_classes, seed):
-    """Balanced accuracy and macro F1 of bootstrap resamples, stratified by class, the same for every prediction.
+def drawn_images(tests):
+    """Resamples of the images of several tests, which may share some. -> a generator of {path: times drawn (B,)}.
 
-    -> {"balanced_acc", "macro_f1"}, each (1 + RESAMPLES,): first that of the images themselves.
+    tests: [Tested]. Stratified by class, of persons where they are told; see `Bootstrap`. First B = 1: the images
+    themselves.
     """
-    rng = np.random.default_rng(seed)
-    weights = np.zeros((1 + RESAMPLES, len(targets)), np.float32)
-    weights[0] = 1
-    for members in (np.flatnonzero(targets == c) for c in np.unique(targets)):
-        weights[1:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
-    cells = np.eye(num_classes**2, dtype=np.float32)[targets * num_classes + predictions]
-    matrices = (weights @ cells).reshape(-1, num_classes, num_classes).astype(np.float64)
-    figures = confusion_figures(matrices)
-    return {name: figures[name] for name in ("balanced_acc", "macro_f1")}
+    target_of, person_of = {}, {}
+    for test in tests:
+        target_of |= zip(test.paths, test.targets, strict=True)
+        person_of |= zip(test.paths, test.persons, strict=False)
+    groups = np.unique(list(person_of.values()), return_inverse=True)[1] if person_of else None
+    bootstrap = Bootstrap(np.array(list(target_of.values())), groups)
+    rng = np.random.default_rng(0)
+    yield dict.fromkeys(target_of, np.ones(1, np.int32))
+    for start in range(0, RESAMPLES, CHUNK):
+        drawn = bootstrap.draw(min(CHUNK, RESAMPLES - start), rng)
+        yield dict(zip(target_of, drawn.T, strict=True))
+
+
+def resampled_figures(by_remedy, tests):
+    """-> {remedy: {"balanced_acc", "macro_f1": (1 + RESAMPLES, S)}}, S seeds; first those of the images themselves.
+
+    by_remedy: {remedy: [predictions (N,) a seed]}; tests: [Tested a seed]. Every remedy is given the same images, and
+    every seed the same times of an image that it has.
+    """
+    num_classes = len(tests[0].results["classes"])
+    cells = {
+        name: [np.eye(num_classes**2, dtype=np.float32)[test.targets * num_classes + chosen] for test, chosen in pairs]
+        for name, pairs in ((name, list(zip(tests, of, strict=True))) for name, of in by_remedy.items())
+    }
+    chunks = {name: [] for name in by_remedy}
+    for times_drawn in drawn_images(tests):
+        weights = [np.stack([times_drawn[path] for path in test.paths], axis=1).astype(np.float32) for test in tests]
+        for name, of_seeds in cells.items():
+            matrices = np.stack([w @ of_seed for w, of_seed in zip(weights, of_seeds, strict=True)], axis=1)
+            figures = confusion_figures(matrices.reshape(-1, num_classes, num_classes).astype(np.float64))
+            chunks[name].append({metric: figures[metric].reshape(-1, len(tests)) for metric in METRICS})
+    return {
+        name: {metric: np.concatenate([chunk[metric] for chunk in of]) for metric in METRICS}
+        for name, of in chunks.items()
+    }
 
 
 def compare(runs, baseline):
     """-> [row of the table a remedy]: mean over the seeds, its interval, and the paired difference to the baseline.
 
-    The interval and the test tell what other test images would have given; `std` what other seeds (and splits) gave.
+    A resample draws test images and seeds, both the same for every remedy: intervals and p tell what other images and
+    other trainings would have given, as far as few seeds can.
     """
-    by_remedy, lines = {}, {}
+    lines = {}
     for run in runs:
-        results, paths, targets, predictions = read_run(run)
-        kinds = {run.remedy: predictions["raw"]}
-        if run.remedy == baseline:
-            kinds[POSTHOC.format(baseline)] = predictions["posthoc"]
-        for name, chosen in kinds.items():
-            figures = resampled_figures(targets, chosen, len(results["classes"]), run.seed)
-            by_remedy.setdefault(name, {})[run.seed] = figures
-        lines.setdefault(run.remedy, []).append((run, results, paths))
+        lines.setdefault(run.remedy, []).append((run, read_run(run)))
     for of_seed in zip(*lines.values(), strict=True):
-        if len({tuple(paths) for _, _, paths in of_seed}) > 1:
+        if len({tuple(test.paths) for _, test in of_seed}) > 1:
             raise UserError(f"the runs of seed {of_seed[0][0].seed} were not tested on the same images; start anew")
+    by_remedy = {}
+    for name, of_seeds in lines.items():
+        by_remedy[name] = [test.predictions["raw"] for _, test in of_seeds]
+        if name == baseline:
+            by_remedy[POSTHOC.format(name)] = [test.predictions["posthoc"] for _, test in of_seeds]
+    figures = resampled_figures(by_remedy, [test for _, test in lines[baseline]])
+    seeds = len(lines[baseline])
+    drawn = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    weights = np.concatenate([np.ones((1, seeds)), drawn]) / seeds
+    means = {name: {metric: (of[metric] * weights).sum(axis=1) for metric in METRICS} for name, of in figures.items()}
     table = []
-    for name, of_seeds in by_remedy.items():
+    for name, mean in means.items():
         row = {"remedy": name}
-        for metric in ("balanced_acc", "macro_f1"):
-            mean = np.mean([figures[metric] for figures in of_seeds.values()], axis=0)
-            difference = mean - np.mean([figures[metric] for figures in by_remedy[baseline].values()], axis=0)
-            row[metric], row[f"{metric}_ci"] = mean[0], np.percentile(mean[1:], [2.5, 97.5])
-            of_each = [figures[metric][0] for figures in of_seeds.values()]
-            row[f"{metric}_std"] = np.std(of_each, ddof=1) if len(of_each) > 1 else 0.0
+        for metric in METRICS:
+            difference = mean[metric] - means[baseline][metric]
+            row[metric], row[f"{metric}_ci"] = mean[metric][0], np.percentile(mean[metric][1:], [2.5, 97.5])
+            row[f"{metric}_std"] = np.std(figures[name][metric][0], ddof=1) if seeds > 1 else 0.0
             row[f"{metric}_difference"] = difference[0]
             row[f"{metric}_difference_ci"] = np.percentile(difference[1:], [2.5, 97.5])
             side = min(np.mean(difference[1:] <= 0), np.mean(difference[1:] >= 0))
             row[f"{metric}_p"] = min(1.0, 2 * max(side, 1 / RESAMPLES))
         table.append(row | about_runs(lines.get(name, [])))
+    others = [row for row in table if row["remedy"] != baseline]
+    for metric in METRICS:
+        for row, p in zip(others, holm([row[f"{metric}_p"] for row in others]), strict=True):
+            row[f"{metric}_p"] = p
     return table
+
+
+def holm(p_values):
+    """p values corrected for their number (Holm 1979)."""
+    order = np.argsort(p_values)
+    corrected = np.maximum.accumulate(np.array(p_values)[order] * np.arange(len(p_values), 0, -1))
+    return np.minimum(1, corrected)[np.argsort(order)].tolist()
 
 
 def about_runs(lines):
     if not lines:
-        return {"posthoc": None, "tau": None, "minutes": 0.0, "recalls": None}
-    counts = np.array(lines[0][1]["samples_per_cls"])
-    rarest = [lines[0][1]["classes"][i] for i in np.argsort(counts, kind="stable")[:RAREST]]
-    recalls = {
-        name: np.mean([results["test"]["per_class"][name]["recall"] for _, results, _ in lines]) for name in rarest
-    }
+        return {"validation": None, "posthoc": None, "tau": None, "minutes": 0.0, "recalls": None}
+    results = [test.results for _, test in lines]
+    counts = np.array(results[0]["samples_per_cls"])
+    rarest = [results[0]["classes"][i] for i in np.argsort(counts, kind="stable")[:RAREST]]
     return {
-        "posthoc": np.mean([results["posthoc"]["test"]["balanced_acc"] for _, results, _ in lines]),
-        "tau": np.mean([results["posthoc"]["tau"] for _, results, _ in lines]),
-        "minutes": np.mean([minutes_of(run) for run, _, _ in lines]),
-        "recalls": recalls,
+        "validation": np.mean([of["val"]["balanced_acc"] for of in results]),
+        "posthoc": np.mean([of["posthoc"]["test"]["balanced_acc"] for of in results]),
+        "tau": np.mean([of["posthoc"]["tau"] for of in results]),
+        "minutes": np.mean([minutes_of(run) for run, _ in lines]),
+        "recalls": {name: np.mean([of["test"]["per_class"][name]["recall"] for of in results]) for name in rarest},
     }
 
 
@@ -317,7 +386,7 @@ def markdown(table, baseline, seeds):
     rarest = next(row["recalls"] for row in table if row["recalls"])
     heads = [
         "remedy", "balanced accuracy", "macro F1", f"to {baseline}", "p", *(f"recall {name}" for name in rarest),
-        "post hoc", "tau", "minutes",
+        "post hoc", "tau", "validation", "minutes",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in table:
@@ -331,13 +400,15 @@ def markdown(table, baseline, seeds):
             cells[-1] += f" ± {row[f'{metric}_std']:.3f}" if len(seeds) > 1 else ""
         cells += ["", ""] if is_baseline else [difference, f"{row['balanced_acc_p']:.3f}"]
         cells += [f"{row['recalls'][name]:.2f}" if row["recalls"] else "" for name in rarest]
-        cells += [f"{row['posthoc']:.3f}", f"{row['tau']:.2f}", f"{row['minutes']:.0f}"] if row["recalls"] else [""] * 3
-        lines.append(f"| {' | '.join(cells)} |")
+        kinds = {"posthoc": ".3f", "tau": ".2f", "validation": ".3f", "minutes": ".0f"}
+        cells += [format(row[name], kind) if row["recalls"] else "" for name, kind in kinds.items()]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     about = (
-        f"Mean over seeds {' '.join(map(str, seeds))} of the test images; in brackets the 95 % interval of a bootstrap "
-        "over them, stratified by class; ± standard deviation over the seeds, each with its own split. Difference and "
-        "p: paired bootstrap, balanced accuracy. Post hoc: balanced accuracy with logit adjustment by tau, fitted on "
-        "the validation images."
+        f"Test images, mean over seeds {' '.join(map(str, seeds))}; in brackets the 95 % interval of a bootstrap of "
+        "images, stratified by class, and of seeds; ± standard deviation over the seeds. Difference and p: balanced "
+        "accuracy, paired, p corrected by Holm for the number of remedies; of few seeds they know little of what "
+        "another training would give. Post hoc: balanced accuracy with logit adjustment by tau, fitted on the "
+        "validation images. Validation: balanced accuracy there, by which to choose."
     )
     return "\n".join([*lines, "", about, ""])
 
@@ -364,11 +435,10 @@ def run(argv):
     baseline = args.baseline or next(iter(grid))
     if baseline not in grid:
         raise UserError(f"--baseline: {baseline} is none of {', '.join(grid)}")
-    for words in (main_flags, *map(str.split, grid.values())):
-        check_no_own_flags(words, OWN_FLAGS | {"seed"})
+    check_no_own_flags(main_flags, OWN_FLAGS | {"seed", "wandb_mode"})
     with Signals() as signals, own_folder(args.ablate_dir, "--ablate_dir") as folder:
-        runs = plan_runs(args, main_flags, grid, folder)
-        check_same_flags(folder / "ablation.json", runs)
+        runs, num_images = plan_runs(args, main_flags, grid, folder)
+        check_same_begin(folder / "ablation.json", runs, num_images)
         Grid(runs, args.jobs).train_all(signals)
         write_results(folder, runs, baseline, args.seeds)
 
@@ -384,15 +454,21 @@ def write_results(folder, runs, baseline, seeds):
     print(f"{text}\nresults lie in {folder}")
 
 
-def check_same_flags(path, runs):
-    """Raise UserError if the runs of the folder were begun with other flags."""
+def check_same_begin(path, runs, num_images):
+    """Raise UserError if the runs of the folder were begun with other flags or images."""
     flags = {run.folder.name: run.flags for run in runs}
-    former = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        former = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"images": num_images, "flags": {}}
+        former_images, former_flags = former["images"], former["flags"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--ablate_dir: {path} is damaged; name another folder") from error
+    if former_images != num_images:
+        raise UserError(f"--ablate_dir: began with {former_images} images, now {num_images}; name another folder")
     for name in flags:
-        if flags[name] != former.get(name, flags[name]):
+        if flags[name] != former_flags.get(name, flags[name]):
             raise UserError(f"--ablate_dir: {path.parent / name} was begun with other flags; name another folder")
     with atomic_write(path) as file:
-        json.dump({**former, **flags}, file, indent=1)
+        json.dump({"images": num_images, "flags": {**former_flags, **flags}}, file, indent=1)
 
 
 def main_ablate(argv=None):

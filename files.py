@@ -162,7 +162,7 @@ def new_folder(folder, flag, numbered=False):
         try:
             yield folder
         except BaseException as error:
-            refused = isinstance(error, UserError) and not list(folder.glob("*.pth"))
+            refused = isinstance(error, UserError) and not list(folder.rglob("*.pth"))
             if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
                 with suppress(OSError):  # what holds something stays
                     shutil.rmtree(folder)

@@ -139,7 +139,7 @@ def add_loss_flags(group):
     add("--cb_form", choices=cb_forms, default="softmax", help="cb: sigmoid is the paper's form [softmax]")
     add("--alpha", type=number(float, above=0), nargs="+", help="focal: weight, one or one a class [1]")
     add("--smoothing", type=number(float, low=0, below=1), default=0.1, help="label_smoothing [0.1]")
-    add("--tau", type=number(float), default=1.0, help="logit_adjustment: 0 cross entropy, 1 equal classes [1]")
+    add("--tau", type=number(float, low=0), default=1.0, help="logit_adjustment: 0 cross entropy, 1 equal classes [1]")
     add("--max_margin", type=number(float, low=0), default=0.5, help="ldam: of the smallest class [0.5]")
     add_switch(group, "ordinal", False, "the classes are grades in their order: report how far off predictions are")
     decay = {"type": number(float, above=0), "default": 2.0}
@@ -324,6 +324,8 @@ def check_resume_flags(args, checkpoint):
     if args.demo and not args.auto_resume:
         raise UserError("--demo: a run is resumed with its own data; leave out --demo")
     args.demo = False  # the data are drawn
+    if (args.train_loss == "ldam") != (checkpoint["args"].get("train_loss") == "ldam"):
+        raise UserError("--train_loss: ldam has a head of its own, to or from which a trained model cannot change")
     for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
         if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
             raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")

@@ -33,24 +33,26 @@ def groups_of(paths, pattern):
     The group is what the first parenthesis of `pattern` (or, without any, the whole of it) matches in the file name.
     Raises UserError, naming the first file, if one does not match.
     """
-    return np.unique(_group_names(paths, pattern), return_inverse=True)[1].astype(np.int64)
+    return np.unique(group_names(paths, pattern), return_inverse=True)[1].astype(np.int64)
 
 
-def _group_names(paths, pattern):
-    names = [os.path.basename(path) for path in paths]
-    found = [re.search(pattern, name) for name in names]
-    missing = [path for path, match in zip(paths, found, strict=True) if match is None]
+def group_names(paths, pattern):
+    """-> [name of the group an image]; see `groups_of`."""
+    regex = re.compile(pattern)
+    found = map(regex.search, map(os.path.basename, paths))
+    names = [match and match[1 if regex.groups else 0] for match in found]
+    missing = [path for path, name in zip(paths, names, strict=True) if not name]
     if missing:
         more = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"--group_regex: {pattern!r} does not match the name of {missing[0]}{more}")
-    return [match[1] if match.re.groups else match[0] for match in found]
+        raise UserError(f"--group_regex: {pattern} finds nobody in the name of {missing[0]}{more}")
+    return names
 
 
 def check_groups(parts, pattern):
     """Raise UserError if a group is in two of {part: ImageIndex}, as --val_dirs and --test_dirs could have it."""
     part_of = {}
     for part, index in parts.items():
-        for name, path in zip(_group_names(index.paths, pattern), index.paths, strict=True):
+        for name, path in zip(group_names(index.paths, pattern), index.paths, strict=True):
             former, former_path = part_of.setdefault(name, (part, path))
             if former != part:
                 raise UserError(

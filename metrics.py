@@ -198,9 +198,9 @@ def confusion_figures(matrices):
     hits, of_class, predicted = np.einsum("bii->bi", matrices), matrices.sum(2), matrices.sum(1)
     recall, f1 = _share(hits, of_class), _share(2 * hits, of_class + predicted)
     return {
-        "acc": hits.sum(axis=1) / of_class.sum(axis=1),
-        "balanced_acc": recall.sum(axis=1) / (of_class > 0).sum(axis=1),
-        "macro_f1": f1.sum(axis=1) / (of_class + predicted > 0).sum(axis=1),
+        "acc": _share(hits.sum(axis=1), of_class.sum(axis=1)),
+        "balanced_acc": _share(recall.sum(axis=1), (of_class > 0).sum(axis=1)),
+        "macro_f1": _share(f1.sum(axis=1), (of_class + predicted > 0).sum(axis=1)),
         "precision": _share(hits, predicted),
         "recall": recall,
         "f1": f1,

@@ -160,7 +160,9 @@ def load_checkpoint(path, flag="--resume"):
     checkpoint = _load_file(path, flag)
     wrong = _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {})
     if wrong:
-        raise UserError(f"{flag}: {path} is not a checkpoint of this project (its {wrong!r} is missing or wrong)")
+        raise UserError(
+            f"{flag}: {path} is not a checkpoint of this version of the project (its {wrong!r} is missing or wrong)"
+        )
     return checkpoint
 
 

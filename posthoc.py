@@ -8,40 +8,44 @@ from metrics import summary_metrics
 from utils import class_shares
 
 TAUS = np.arange(-40, 61) / 20
-TEMPERATURES = (0.05, 20.0)
+TEMPERATURES = (0.25, 20.0)  # of a validation that is all right, the best would be none
+TINY = np.finfo(np.float32).tiny  # what float32 rounds to 0 is still the least likely, not impossible
 
 
 def adjust(probabilities, samples_per_cls, tau, temperature=1.0):
-    """Post-hoc logit adjustment, then temperature: softmax((z - tau log pi) / temperature), z = log of `probabilities`.
+    """Temperature, then post-hoc logit adjustment: softmax(z / temperature - tau log pi), z = log of `probabilities`.
 
-    Menon et al. 2021, eq. 9 (pi: the classes' shares of the original training images; tau = 1 takes them out, a
-    negative tau pulls back a model that was corrected twice); Guo et al. 2017, eq. 9. probabilities: (N, C);
-    samples_per_cls: (C,) -> (N, C) float32.
+    Guo et al. 2017, eq. 9; Menon et al. 2021, eq. 9 (pi: the classes' shares of the original training images; tau = 1
+    takes them out, a negative tau pulls back a model that was corrected twice). probabilities: (N, C);
+    samples_per_cls: (C,) -> (N, C) float32, none of them 0.
     """
-    return softmax(_adjusted(probabilities, samples_per_cls, tau) / temperature, axis=1).astype(np.float32)
+    adjusted = softmax(_adjusted(probabilities, samples_per_cls, tau, temperature), axis=1)
+    return np.maximum(adjusted, TINY).astype(np.float32)
 
 
-def _adjusted(probabilities, samples_per_cls, tau):
-    tiny = np.finfo(np.float32).tiny  # what float32 rounds to 0 is still the least likely, not impossible
-    logits = np.log(np.maximum(probabilities, tiny), dtype=np.float64)
+def _adjusted(probabilities, samples_per_cls, tau, temperature):
+    logits = np.log(np.maximum(probabilities, TINY), dtype=np.float64) / temperature
     return logits - tau * np.log(class_shares(samples_per_cls).numpy(), dtype=np.float64)
 
 
 def fit(targets, probabilities, samples_per_cls, metric):
     """-> {"tau", "temperature"} for the validation images: targets (N,), probabilities (N, C).
 
-    tau maximises `metric` ("balanced_acc" or "macro_f1"): 0 if that does, else the middle of the widest run that does.
-    temperature minimises the mean negative log likelihood after it.
+    temperature minimises the mean negative log likelihood without tau, which would make the classes other than they
+    are. tau then maximises `metric` ("balanced_acc" or "macro_f1"): 0 if that does, else the middle of the widest run
+    that does.
     """
-    values = [summary_metrics(targets, _adjusted(probabilities, samples_per_cls, tau))[metric] for tau in TAUS]
+
+    def negative_log_likelihood(log_temperature):
+        logits = _adjusted(probabilities, samples_per_cls, 0, np.exp(log_temperature))
+        return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets].mean()
+
+    found = minimize_scalar(negative_log_likelihood, bounds=np.log(TEMPERATURES), method="bounded")
+    temperature = float(np.exp(found.x))
+    adjusted = (_adjusted(probabilities, samples_per_cls, tau, temperature) for tau in TAUS)
+    values = [summary_metrics(targets, logits)[metric] for logits in adjusted]
     best = np.flatnonzero(np.isclose(values, max(values)))
     runs = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(runs, key=len)
     tau = 0.0 if 0 in TAUS[best] else float(TAUS[widest[len(widest) // 2]])
-    logits = _adjusted(probabilities, samples_per_cls, tau)
-
-    def negative_log_likelihood(log_temperature):
-        return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(targets)), targets].mean()
-
-    found = minimize_scalar(negative_log_likelihood, bounds=np.log(TEMPERATURES), method="bounded")
-    return {"tau": tau, "temperature": float(np.exp(found.x))}
+    return {"tau": tau, "temperature": temperature}

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import ablate
-from ablate import Run, compare, markdown, plan_runs, resampled_figures
+from ablate import Run, compare, holm, markdown, plan_runs, read_run, resampled_figures
 from files import write_predictions
 
 pytestmark = pytest.mark.usefixtures("thin_trials")
@@ -42,7 +42,8 @@ def test_every_remedy_gets_the_same_steps_and_the_same_warm_up(tmp_path, data_di
         "late": "--train_loss cb --use_augmentation --drw_epoch 0.5E",
         "larger batches": "--batch_size 16",
     }
-    runs = plan(tmp_path, data_dir, grid)
+    runs, num_images = plan(tmp_path, data_dir, grid)
+    assert num_images == 35
     assert [(run.remedy, run.seed) for run in runs] == [(name, seed) for seed in (4, 5) for name in grid]
     assert [value(run, "--epochs") for run in runs[:5]] == ["10", "6", "10", "8", "15"]  # 30, 30, 30, 32, 30 steps
     assert [value(run, "--warmup_epochs") for run in runs[:5]] == ["1", "0.6", "1", "1", "1.5"]  # 3 steps
@@ -50,20 +51,35 @@ def test_every_remedy_gets_the_same_steps_and_the_same_warm_up(tmp_path, data_di
     assert value(runs[7], "--seed") == "5" and runs[7].folder.name == "deferred_seed5"
 
 
-def test_resampled_figures_are_those_of_scikit_learn():
+def test_resampled_figures_are_those_of_scikit_learn(tmp_path):
     rng = np.random.default_rng(0)
-    targets, predictions = rng.integers(4, size=(2, 300))
-    figures = resampled_figures(targets, predictions, 4, seed=1)
+    targets, predictions = rng.integers(3, size=(2, 300))
+    test = read_run(finished_run(tmp_path / "a", "a", 0, targets, np.eye(3)[predictions]))
+    figures = resampled_figures({"a": [test.predictions["raw"]]}, [test])["a"]
     assert figures["balanced_acc"][0] == pytest.approx(balanced_accuracy_score(targets, predictions))
     assert figures["macro_f1"][0] == pytest.approx(f1_score(targets, predictions, average="macro"))
     # stratified: the recall of n images with probability p has the variance p (1 - p) / n
-    recalls = [np.mean(predictions[targets == c] == c) for c in range(4)]
-    variance = sum(p * (1 - p) / (targets == c).sum() for c, p in enumerate(recalls)) / 16
+    recalls = [np.mean(predictions[targets == c] == c) for c in range(3)]
+    variance = sum(p * (1 - p) / (targets == c).sum() for c, p in enumerate(recalls)) / 9
     assert figures["balanced_acc"][1:].std() == pytest.approx(variance**0.5, rel=0.05)
-    assert len(figures["balanced_acc"]) == 1 + ablate.RESAMPLES
+    assert figures["balanced_acc"].shape == (1 + ablate.RESAMPLES, 1)
 
 
-def finished_run(folder, remedy, seed, targets, probabilities, tau=0.0):
+@pytest.mark.parametrize("path, group_regex", [("{number}.png", None), ("{seed}/{number}_{seed}.png", r"^(\d+)_")])
+def test_the_same_images_or_persons_of_several_seeds_tell_no_more_than_those_of_one(tmp_path, path, group_regex):
+    targets = np.repeat([0, 1, 2], [40, 20, 15])
+    probabilities = probabilities_of(np.random.default_rng(0), targets, 1.0)
+    about = {"path": path, "group_regex": group_regex}
+    runs = [finished_run(tmp_path / f"{seed}", "a", seed, targets, probabilities, **about) for seed in range(6)]
+    one, six = (np.ptp(compare(chosen, "a")[0]["balanced_acc_ci"]) for chosen in (runs[:1], runs))
+    assert six == pytest.approx(one, rel=0.1)
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+
+
+def finished_run(folder, remedy, seed, targets, probabilities, tau=0.0, path="{seed}/{number}.png", group_regex=None):
     """A folder with what `compare` reads. -> Run."""
     folder.mkdir(parents=True)
     classes = ["a", "b", "c"]
@@ -74,10 +90,12 @@ def finished_run(folder, remedy, seed, targets, probabilities, tau=0.0):
         "samples_per_cls": [400, 150, 50],
         "posthoc": {"tau": tau, "temperature": 1.0, "test": {"balanced_acc": 0.5}},
         "test": {"per_class": recall},
+        "val": {"balanced_acc": 0.5},
     }
+    (folder / "args.json").write_text(json.dumps({"group_regex": group_regex}))
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "history.csv").write_text("epoch,seconds\n0,30\n1,90\n")
-    paths = [f"{seed}/{number}.png" for number in range(len(targets))]
+    paths = [path.format(seed=seed, number=number) for number in range(len(targets))]
     write_predictions(folder / "test_predictions.csv", paths, targets, probabilities, classes)
     return Run(remedy, seed, [], folder)
 
@@ -103,7 +121,7 @@ def test_differences_are_paired_and_tested_against_the_baseline(tmp_path):
     low, high = table["as good"]["balanced_acc_difference_ci"]
     assert low < 0 < high and table["as good"]["balanced_acc_p"] > 0.05
     strong = table["strong"]
-    assert strong["balanced_acc_difference_ci"][0] > 0.05 and strong["balanced_acc_p"] <= 2 / ablate.RESAMPLES
+    assert strong["balanced_acc_difference_ci"][0] > 0.05 and strong["balanced_acc_p"] <= 8 / ablate.RESAMPLES
     means = [balanced_accuracy_score(*read_targets_and_predictions(run)) for run in runs if run.remedy == "strong"]
     assert strong["balanced_acc"] == pytest.approx(np.mean(means))
     assert strong["balanced_acc_std"] == pytest.approx(np.std(means, ddof=1))
@@ -205,7 +223,10 @@ def test_a_run_that_fails_is_told_after_the_others(tmp_path, data_dir, capsys):
         ("plain: --train_loss ce", ["--folds", "3"], "--folds: is set for each trial"),
         ("plain: --train_loss ce\nPlain: --gamma 1", [], "two runs would have the same folder"),
         ("plain: --train_loss ce", ["--seeds", "3", "3"], "two runs would have the same folder"),
-        ("plain: --seed 3", [], "--seed: is set for each trial"),
+        ("plain: --seed 3", [], "plain: --seed: is set for each trial"),
+        ("plain: --split 0.8 0.1 0.1", [], "plain: --split: is set for each trial"),
+        ('plain: "--alpha \'1"', [], "plain: a text of flags is wanted"),
+        ("plain:", [], "plain: a text of flags is wanted"),
         ("plain: --lr nan", [], "plain: argument --learning_rate/--lr: nan is not above 0"),
     ],
 )

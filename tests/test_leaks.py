@@ -14,7 +14,7 @@ def test_groups_are_what_the_parenthesis_matches_in_the_file_name():
     paths = ["/7_a/01_left.jpg", "/7_a/02_left.jpg", "/7_b/01_right.jpg"]
     assert groups_of(paths, r"^(\d+)_").tolist() == [0, 1, 0]
     assert groups_of(paths, r"left|right").tolist() == [0, 0, 1]
-    with pytest.raises(UserError, match=r"--group_regex: .* does not match the name of /7_b/01_right.jpg"):
+    with pytest.raises(UserError, match=r"--group_regex: .* finds nobody in the name of /7_b/01_right.jpg"):
         groups_of(paths, "left")
 
 

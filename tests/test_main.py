@@ -344,7 +344,7 @@ BAD_FLAGS = {
     "fold of none": (["--fold", 1], "--fold", "--folds K"),
     "fold beyond": (["--folds", 3, "--fold", 3], "--fold", "from 0 to K - 1"),
     "no regex": (["--group_regex", "("], "--group_regex", "no regular expression"),
-    "regex of nothing": (["--group_regex", "^x"], "--group_regex", "does not match the name of"),
+    "regex of nothing": (["--group_regex", "^x"], "--group_regex", "finds nobody in the name of"),
     "no data at all": ([], "--data_dirs"),
     "unknown loss": (["--train_loss", "hinge"], "--train_loss", "cb"),
     "negative learning rate": (["--learning_rate", "-1"], "--learning_rate", "above 0"),
@@ -499,3 +499,10 @@ def test_a_compiler_that_is_missing_is_said_in_one_line(tmp_path, data_dir, caps
     err = capsys.readouterr().err
     assert err.strip().splitlines()[-1].startswith("error: --compile: torch.compile does not work here")
     assert "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_cannot_change_to_another_kind_of_head(copied_run, capsys):
+    for flags in (["--eval_only"], []):
+        assert run_main("--resume", copied_run / "best_model.pth", "--train_loss", "ldam", *flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --train_loss: ldam has a head of its own")
