@@ -225,7 +225,7 @@ def test_a_run_that_fails_is_told_after_the_others(tmp_path, data_dir, capsys):
         ("plain: --train_loss ce", ["--seeds", "3", "3"], "two runs would have the same folder"),
         ("plain: --seed 3", [], "plain: --seed: is set for each trial"),
         ("plain: --split 0.8 0.1 0.1", [], "plain: --split: is set for each trial"),
-        ('plain: "--alpha \'1"', [], "plain: a text of flags is wanted"),
+        ('plain: "--alpha \'1"', [], "plain: No closing quotation"),
         ("plain:", [], "plain: a text of flags is wanted"),
         ("plain: --lr nan", [], "plain: argument --learning_rate/--lr: nan is not above 0"),
     ],
