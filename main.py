@@ -175,7 +175,22 @@ def data_to_evaluate(args, checkpoint):
         print("the checkpoint's own validation images are not here: only --test_dirs is evaluated")
     elif own:
         parts |= find_split(checkpoint, own, {**former, "data_dirs": args.data_dirs})[0]
-    return read_all({part: parts[part] for part in PARTS if part in parts}, image_cache(args), args.skip_broken)
+    parts = read_all({part: parts[part] for part in PARTS if part in parts}, image_cache(args), args.skip_broken)
+    warn_of_trained_images({part: parts[part] for part in given}, checkpoint)
+    return parts
+
+
+def warn_of_trained_images(parts, checkpoint):
+    """A line if images of {part: ImageIndex} have name and size of those that the checkpoint was trained on."""
+    names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
+    trained = set(zip(map(os.path.basename, names), sizes.tolist(), strict=True))
+    for part, index in parts.items():
+        found = sum(one in trained for one in zip(map(os.path.basename, index.paths), index.sizes, strict=True))
+        if found:
+            print(
+                f"warning: {found} of the {len(index)} images of --{part}_dirs have name and size of images that the "
+                "model was trained on: the figures flatter it"
+            )
 
 
 def paths_of(parts):

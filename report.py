@@ -103,7 +103,8 @@ img { max-width: 100%; margin: .5rem 0 } summary { cursor: pointer }
 """
 SUMMARY_COLUMNS = {
     "balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy", "mae": "mean absolute error",
-    "within_1": "within one grade", "quadratic_kappa": "quadratic kappa", "ece": "calibration error", "loss": "loss",
+    "within_1": "within one grade", "quadratic_kappa": "quadratic kappa", "ece": "calibration error",
+    "nll": "negative log likelihood", "loss": "loss",
 }  # fmt: skip
 CLASS_COLUMNS = {
     "recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC",

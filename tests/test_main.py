@@ -264,9 +264,15 @@ def test_eval_only_on_other_images_needs_neither_the_own_data_nor_every_class(co
     gone = {part: [path + ".gone" for path in paths] for part, paths in checkpoint["splits"].items()}
     write_checkpoint(tmp_path / "moved.pth", {**checkpoint, "splits": gone})
     out = tmp_path / "out"
+    seen = Path(checkpoint["splits"]["train"][0])
+    (elsewhere / "2" / seen.name).write_bytes(seen.read_bytes())
+    gone["train"][0] = str(seen)
+    write_checkpoint(tmp_path / "moved.pth", {**checkpoint, "splits": gone})
     flags = ["--eval_only", "--resume", tmp_path / "moved.pth", "--test_dirs", elsewhere, "--run_dir", out]
     assert run_main(*flags) == 0
-    assert "only --test_dirs is evaluated" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "only --test_dirs is evaluated" in printed
+    assert "warning: 1 of the 7 images of --test_dirs have name and size" in printed
     results = json.loads((out / "results.json").read_text())
     assert "val" not in results
     assert [row["support"] for row in results["test"]["per_class"].values()] == [0, 3, 4]
