@@ -70,7 +70,7 @@ def test_results_agree_with_the_predictions_by_scikit_learn(finished_run):
         rows = read_rows(finished_run / f"{part}_predictions.csv")
         labels, predictions = [row["label"] for row in rows], [row["prediction"] for row in rows]
         figures = results[part]
-        names = {"acc", "balanced_acc", "macro_f1", "ece", "few_shot_acc"}  # all classes have few images
+        names = {"acc", "balanced_acc", "macro_f1", "nll", "ece", "few_shot_acc"}  # all classes have few images
         assert set(figures) == {"loss", "per_class", "confusion_matrix"} | names | {f"{name}_ci" for name in names}
         assert set(results["posthoc"][part]) == set(figures)
         assert figures["balanced_acc"] == pytest.approx(balanced_accuracy_score(labels, predictions))
