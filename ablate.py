@@ -8,7 +8,6 @@ go to all of them. Broken off, the same command goes on. At the end: ablation.cs
 """
 
 import argparse
-import csv
 import itertools
 import json
 import shlex
@@ -25,11 +24,11 @@ from matplotlib.figure import Figure
 
 import main
 import posthoc
-from files import UserError, atomic_write, own_folder, write_csv
+from files import UserError, atomic_write, own_folder, read_rows, write_csv
 from flags import Parser, number, parse_args
 from image_cache import limit_image_size
 from leaks import group_names
-from metrics import Bootstrap, confusion_figures
+from metrics import INTERVAL, Bootstrap, confusion_figures
 from report import save_figure
 from resuming import Signals, exit_status
 from trials import OWN_FLAGS, TrialProcess, check_no_own_flags, is_left_over, keep_best_model_only
@@ -51,8 +50,6 @@ RESAMPLES, CHUNK = 2000, 100
 METRICS = ("balanced_acc", "macro_f1")
 RAREST = 3  # classes whose recall the table shows
 POLL_SECONDS = 1
-
-
 # flags that must be the same for all
 GIVEN_TO_ALL = OWN_FLAGS | {
     "seed", "epochs", "data_dirs", "val_dirs", "test_dirs", "split", "group_regex", "skip_broken", "wandb_mode", "help",
@@ -105,9 +102,7 @@ def read_grid(path):
             raise UserError(f'--grid: {path}: {name}: a text of flags is wanted, "" for none')
         try:
             check_no_own_flags(shlex.split(flags), GIVEN_TO_ALL)
-        except ValueError as error:
-            raise UserError(f"--grid: {path}: {name}: {error}") from error
-        except UserError as error:
+        except (ValueError, UserError) as error:
             raise UserError(f"--grid: {path}: {name}: {error}") from error
     return {str(name): flags for name, flags in grid.items()}
 
@@ -233,6 +228,7 @@ class Grid:
 class Tested:
     """What a finished run says of its test images."""
 
+    run: Run
     results: dict
     paths: list
     targets: np.ndarray  # (N,)
@@ -242,8 +238,7 @@ class Tested:
 
 def read_run(run):
     results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    with open(run.folder / "test_predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(run.folder / "test_predictions.csv")
     targets = np.array([results["classes"].index(row["label"]) for row in rows])
     probabilities = np.array([[float(row[f"prob_{name}"]) for name in results["classes"]] for row in rows])
     fitted = {name: results["posthoc"][name] for name in ("tau", "temperature")}
@@ -251,7 +246,18 @@ def read_run(run):
     predictions = {"raw": probabilities.argmax(axis=1), "posthoc": adjusted.argmax(axis=1)}
     paths = [row["path"] for row in rows]
     pattern = json.loads((run.folder / "args.json").read_text(encoding="utf-8"))["group_regex"]
-    return Tested(results, paths, targets, predictions, group_names(paths, pattern) if pattern else [])
+    return Tested(run, results, paths, targets, predictions, group_names(paths, pattern) if pattern else [])
+
+
+def read_runs(runs):
+    """-> {remedy: [Tested a seed]}. Raises UserError if those of a seed were not tested on the same images."""
+    tested = {}
+    for run in runs:
+        tested.setdefault(run.remedy, []).append(read_run(run))
+    for of_seed in zip(*tested.values(), strict=True):
+        if len({tuple(test.paths) for test in of_seed}) > 1:
+            raise UserError(f"the runs of seed {of_seed[0].run.seed} were not tested on the same images; start anew")
+    return tested
 
 
 def drawn_images(tests):
@@ -280,15 +286,13 @@ def resampled_figures(by_remedy, tests):
     every seed the same times of an image that it has.
     """
     num_classes = len(tests[0].results["classes"])
-    cells = {
-        name: [np.eye(num_classes**2, dtype=np.float32)[test.targets * num_classes + chosen] for test, chosen in pairs]
-        for name, pairs in ((name, list(zip(tests, of, strict=True))) for name, of in by_remedy.items())
-    }
+    one_hot = np.eye(num_classes**2, dtype=np.float32)
     chunks = {name: [] for name in by_remedy}
     for times_drawn in drawn_images(tests):
         weights = [np.stack([times_drawn[path] for path in test.paths], axis=1).astype(np.float32) for test in tests]
-        for name, of_seeds in cells.items():
-            matrices = np.stack([w @ of_seed for w, of_seed in zip(weights, of_seeds, strict=True)], axis=1)
+        for name, predictions in by_remedy.items():
+            cells = [one_hot[test.targets * num_classes + of] for test, of in zip(tests, predictions, strict=True)]
+            matrices = np.stack([w @ of_seed for w, of_seed in zip(weights, cells, strict=True)], axis=1)
             figures = confusion_figures(matrices.reshape(-1, num_classes, num_classes).astype(np.float64))
             chunks[name].append({metric: figures[metric].reshape(-1, len(tests)) for metric in METRICS})
     return {
@@ -297,25 +301,19 @@ def resampled_figures(by_remedy, tests):
     }
 
 
-def compare(runs, baseline):
+def compare(tested, baseline):
     """-> [row of the table a remedy]: mean over the seeds, its interval, and the paired difference to the baseline.
 
     A resample draws test images and seeds, both the same for every remedy: intervals and p tell what other images and
-    other trainings would have given, as far as few seeds can.
+    other trainings would have given, as far as few seeds can. tested: of `read_runs`.
     """
-    lines = {}
-    for run in runs:
-        lines.setdefault(run.remedy, []).append((run, read_run(run)))
-    for of_seed in zip(*lines.values(), strict=True):
-        if len({tuple(test.paths) for _, test in of_seed}) > 1:
-            raise UserError(f"the runs of seed {of_seed[0][0].seed} were not tested on the same images; start anew")
     by_remedy = {}
-    for name, of_seeds in lines.items():
-        by_remedy[name] = [test.predictions["raw"] for _, test in of_seeds]
+    for name, tests in tested.items():
+        by_remedy[name] = [test.predictions["raw"] for test in tests]
         if name == baseline:
-            by_remedy[POSTHOC.format(name)] = [test.predictions["posthoc"] for _, test in of_seeds]
-    figures = resampled_figures(by_remedy, [test for _, test in lines[baseline]])
-    seeds = len(lines[baseline])
+            by_remedy[POSTHOC.format(name)] = [test.predictions["posthoc"] for test in tests]
+    figures = resampled_figures(by_remedy, tested[baseline])
+    seeds = len(tested[baseline])
     drawn = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
     weights = np.concatenate([np.ones((1, seeds)), drawn]) / seeds
     means = {name: {metric: (of[metric] * weights).sum(axis=1) for metric in METRICS} for name, of in figures.items()}
@@ -323,19 +321,28 @@ def compare(runs, baseline):
     for name, mean in means.items():
         row = {"remedy": name}
         for metric in METRICS:
-            difference = mean[metric] - means[baseline][metric]
-            row[metric], row[f"{metric}_ci"] = mean[metric][0], np.percentile(mean[metric][1:], [2.5, 97.5])
             row[f"{metric}_std"] = np.std(figures[name][metric][0], ddof=1) if seeds > 1 else 0.0
-            row[f"{metric}_difference"] = difference[0]
-            row[f"{metric}_difference_ci"] = np.percentile(difference[1:], [2.5, 97.5])
-            side = min(np.mean(difference[1:] <= 0), np.mean(difference[1:] >= 0))
-            row[f"{metric}_p"] = min(1.0, 2 * max(side, 1 / RESAMPLES))
-        table.append(row | about_runs(lines.get(name, [])))
+            of_metric = summarise(mean[metric], means[baseline][metric])
+            row |= {f"{metric}{suffix}": value for suffix, value in of_metric.items()}
+        table.append(row | about_runs(tested.get(name, [])))
     others = [row for row in table if row["remedy"] != baseline]
     for metric in METRICS:
         for row, p in zip(others, holm([row[f"{metric}_p"] for row in others]), strict=True):
             row[f"{metric}_p"] = p
     return table
+
+
+def summarise(values, of_baseline):
+    """(1 + RESAMPLES,) each, first the figure itself -> {suffix: figure, interval, paired difference, p}."""
+    difference = values - of_baseline
+    side = min(np.mean(difference[1:] <= 0), np.mean(difference[1:] >= 0))
+    return {
+        "": values[0],
+        "_ci": np.percentile(values[1:], INTERVAL),
+        "_difference": difference[0],
+        "_difference_ci": np.percentile(difference[1:], INTERVAL),
+        "_p": min(1.0, 2 * max(side, 1 / RESAMPLES)),
+    }
 
 
 def holm(p_values):
@@ -345,34 +352,33 @@ def holm(p_values):
     return np.minimum(1, corrected)[np.argsort(order)].tolist()
 
 
-def about_runs(lines):
-    if not lines:
+def about_runs(tests):
+    if not tests:
         return {"validation": None, "posthoc": None, "tau": None, "minutes": 0.0, "recalls": None}
-    results = [test.results for _, test in lines]
+    results = [test.results for test in tests]
     counts = np.array(results[0]["samples_per_cls"])
     rarest = [results[0]["classes"][i] for i in np.argsort(counts, kind="stable")[:RAREST]]
     return {
         "validation": np.mean([of["val"]["balanced_acc"] for of in results]),
         "posthoc": np.mean([of["posthoc"]["test"]["balanced_acc"] for of in results]),
         "tau": np.mean([of["posthoc"]["tau"] for of in results]),
-        "minutes": np.mean([minutes_of(run) for run, _ in lines]),
+        "minutes": np.mean([minutes_of(test.run) for test in tests]),
         "recalls": {name: np.mean([of["test"]["per_class"][name]["recall"] for of in results]) for name in rarest},
     }
 
 
 def minutes_of(run):
-    with open(run.folder / "history.csv", encoding="utf-8", newline="") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+    return sum(float(row["seconds"]) for row in read_rows(run.folder / "history.csv")) / 60
 
 
 # --------------------------------------------------------------------------------------------------------- the results
 
 
-def write_csv_of(path, runs):
-    """One row a run."""
+def write_csv_of(path, tested):
+    """One row a run, seed by seed."""
     rows = []
-    for run in runs:
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    for test in itertools.chain.from_iterable(zip(*tested.values(), strict=True)):
+        run, results = test.run, test.results
         row = {"remedy": run.remedy, "seed": run.seed, "minutes": round(minutes_of(run), 1)}
         for kind, figures in (("", results["test"]), ("posthoc_", results["posthoc"]["test"])):
             row |= {f"{kind}{name}": figures[name] for name in ("balanced_acc", "macro_f1", "acc", "ece")}
@@ -395,7 +401,7 @@ def markdown(table, baseline, seeds):
         )
         is_baseline = row["remedy"] == baseline
         cells = [row["remedy"]]
-        for metric in ("balanced_acc", "macro_f1"):
+        for metric in METRICS:
             cells.append("{:.3f} [{:.3f}, {:.3f}]".format(row[metric], *row[f"{metric}_ci"]))
             cells[-1] += f" ± {row[f'{metric}_std']:.3f}" if len(seeds) > 1 else ""
         cells += ["", ""] if is_baseline else [difference, f"{row['balanced_acc_p']:.3f}"]
@@ -444,9 +450,10 @@ def run(argv):
 
 
 def write_results(folder, runs, baseline, seeds):
-    table = compare(runs, baseline)
+    tested = read_runs(runs)
+    table = compare(tested, baseline)
     table.sort(key=lambda row: row["remedy"] != baseline)  # the baseline first, the others as in the grid
-    write_csv_of(folder / "ablation.csv", runs)
+    write_csv_of(folder / "ablation.csv", tested)
     text = markdown(table, baseline, seeds)
     with atomic_write(folder / "ablation.md") as file:
         file.write(text)

@@ -204,6 +204,12 @@ def write_json(path, content):
         file.write("\n")
 
 
+def read_rows(path):
+    """A file of `write_csv` or `write_predictions` -> [{column: text}]."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(path, columns, rows):
     """rows: dicts; what is in none of `columns` is left out."""
     with atomic_write(path) as file:

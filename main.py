@@ -491,6 +491,17 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     return results, probabilities
 
 
+def evaluate_best(engine, parts, args, run_dir):
+    """The best model of a finished training, which then keeps what is fitted after it. -> as `evaluate_parts`."""
+    best = load_checkpoint(run_dir / BEST)
+    engine.evaluated.load_state_dict(best["model_state_dict"])
+    evaluated = {part: parts[part] for part in ("val", "test")}
+    results, probabilities = evaluate_parts(engine, evaluated, args, run_dir, best)
+    best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    save_checkpoint(run_dir / BEST, checkpoint_bytes(best))
+    return results, probabilities
+
+
 def figures_of(probabilities, index, args, checkpoint):
     ordinal = args.ordinal or args.train_loss == "ordinal"
     return full_metrics(index.targets, probabilities, index.classes, checkpoint["samples_per_cls"], ordinal)
@@ -571,19 +582,14 @@ def train(args, checkpoint, device, run_dir, signals):
                 run.log_epoch(row, progress)  # what is logged is saved: no epoch has to be logged twice
             keeper.finish()
 
-        best = load_checkpoint(run_dir / BEST)
-        engine.evaluated.load_state_dict(best["model_state_dict"])
         engine.criterion = criterion
-        evaluated = {part: parts[part] for part in ("val", "test")}
-        results, probabilities = evaluate_parts(engine, evaluated, args, run_dir, best)
-        best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
-        save_checkpoint(run_dir / BEST, checkpoint_bytes(best))
-        report.plot_curves(run_dir / "curves.png", progress.history, best["epoch"])
+        results, probabilities = evaluate_best(engine, parts, args, run_dir)
+        report.plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"])
         report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
     # the last file: the run is finished
     write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})
-    print_results(results, best["epoch"], run_dir)
+    print_results(results, results["best_epoch"], run_dir)
 
 
 def is_finished(args, checkpoint, run_dir):

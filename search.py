@@ -9,7 +9,6 @@ command goes on where it was, unfinished trials from their own checkpoints.
 """
 
 import argparse
-import csv
 import os
 import shlex
 import signal
@@ -24,7 +23,7 @@ from pathlib import Path
 import matplotlib
 
 import main
-from files import UserError, atomic_write, first_line, write_csv
+from files import UserError, atomic_write, first_line, read_rows, write_csv
 from flags import BEST_METRICS, Parser, flag_of, number
 from flags import build_parser as build_main_parser
 from resuming import Signals, exit_status
@@ -275,7 +274,8 @@ class Search:
         """Report new epochs, stop what does not promise anything, and close what has ended."""
         has_ended = one.process.status is not None  # asked before the history is read, so that no row is missed
         with suppress(optuna.exceptions.UpdateFinishedTrialError):  # closed by a search that had taken it for left over
-            for row in read_rows(one.process.run_dir / "history.csv")[one.epochs_seen :]:
+            history = one.process.run_dir / "history.csv"
+            for row in (read_rows(history) if history.exists() else [])[one.epochs_seen :]:
                 value = float(row[self.config.metric])
                 better = max if self.config.maximizes else min
                 best = value if one.best is None else better(one.best, value)
@@ -420,14 +420,6 @@ def open_storage(url):
                 url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"--storage: {url} cannot be opened ({reason})") from error
-
-
-def read_rows(path):
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
 
 
 def is_process(pid):

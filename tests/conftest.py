@@ -1,6 +1,5 @@
 """Tiny class folders and one tiny finished training, shared by the tests."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from wandb_server import WandbServer
 
 import main
 import resnet_custom
+from files import read_rows
 from model import checkpoint_bytes, save_checkpoint
 
 os.environ["WANDB_MODE"] = "disabled"
@@ -84,9 +84,13 @@ def wait_for(condition, seconds=150):
     return found
 
 
-def read_rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def stop_while_training(process, history, number):
+    """Send a signal to a search or ablate as soon as its trial has an epoch in `history`, and see how it ends."""
+    wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert number == signal.SIGKILL or "go on with the same command" in err
 
 
 def history_but_times(run_dir):

@@ -1,18 +1,17 @@
 """The same steps for every remedy, the statistics of the comparison, and whole ablations of the thin network."""
 
 import json
-import os
 import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_FLAGS, read_rows, start_with_thin_trials, wait_for
+from conftest import TINY_FLAGS, read_rows, start_with_thin_trials, stop_while_training
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import ablate
-from ablate import Run, compare, holm, markdown, plan_runs, read_run, resampled_figures
+from ablate import Run, compare, holm, markdown, plan_runs, read_run, read_runs, resampled_figures
 from files import write_predictions
 
 pytestmark = pytest.mark.usefixtures("thin_trials")
@@ -71,7 +70,7 @@ def test_the_same_images_or_persons_of_several_seeds_tell_no_more_than_those_of_
     probabilities = probabilities_of(np.random.default_rng(0), targets, 1.0)
     about = {"path": path, "group_regex": group_regex}
     runs = [finished_run(tmp_path / f"{seed}", "a", seed, targets, probabilities, **about) for seed in range(6)]
-    one, six = (np.ptp(compare(chosen, "a")[0]["balanced_acc_ci"]) for chosen in (runs[:1], runs))
+    one, six = (np.ptp(compare(read_runs(chosen), "a")[0]["balanced_acc_ci"]) for chosen in (runs[:1], runs))
     assert six == pytest.approx(one, rel=0.1)
 
 
@@ -115,7 +114,7 @@ def test_differences_are_paired_and_tested_against_the_baseline(tmp_path):
         chosen["strong"] = probabilities_of(rng, targets, 2.0)
         for name, probabilities in chosen.items():
             runs.append(finished_run(tmp_path / f"{name}{seed}", name, seed, targets, probabilities, tau=1.0))
-    table = {row["remedy"]: row for row in compare(runs, "weak")}
+    table = {row["remedy"]: row for row in compare(read_runs(runs), "weak")}
     assert list(table) == ["weak", "weak, logit adjustment post hoc", "the same", "as good", "strong"]
     assert table["the same"]["balanced_acc_difference"] == 0 and table["the same"]["balanced_acc_p"] == 1
     low, high = table["as good"]["balanced_acc_difference_ci"]
@@ -144,7 +143,7 @@ def test_runs_on_other_images_are_not_compared(tmp_path):
     other = finished_run(tmp_path / "other", "other", 1, targets, probabilities)
     other.seed = 0
     with pytest.raises(ablate.UserError, match="not tested on the same images"):
-        compare([one, other], "one")
+        read_runs([one, other])
 
 
 # ----------------------------------------------------------------------------------------------------- whole ablations
@@ -191,11 +190,7 @@ def test_an_ablation_that_was_stopped_goes_on_where_it_was(tmp_path, data_dir, n
     flags += ["--epochs", 60, "--seeds", 7]
     first = start_with_thin_trials("ablate", *flags)
     history = tmp_path / "out" / "plain_seed7" / "history.csv"
-    wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
-    os.kill(first.pid, number)
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
-    assert number == signal.SIGKILL or "go on with the same command" in err
+    stop_while_training(first, history, number)
     done = start_with_thin_trials("ablate", *flags)
     _, err = done.communicate(timeout=120)
     assert done.returncode == 0, err

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from conftest import ROOT, TINY_FLAGS, read_rows, start_with_thin_trials, wait_for
+from conftest import ROOT, TINY_FLAGS, read_rows, start_with_thin_trials, stop_while_training, wait_for
 
 import search
 from files import UserError
@@ -272,11 +272,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, data_dir, numb
     path = write_sweep(tmp_path, parameters={**SWEEP["parameters"], "epochs": {"value": 60}})
     first = start_search(path, data_dir, "--trials", "1")
     history = tmp_path / "found" / "trial_0000" / "history.csv"
-    wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
-    os.kill(first.pid, number)
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
-    assert number == signal.SIGKILL or "go on with the same command" in err
+    stop_while_training(first, history, number)
     done = start_search(path, data_dir, "--trials", "1")
     _, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
