@@ -10,6 +10,7 @@ go to all of them. Broken off, the same command goes on. At the end: ablation.cs
 import argparse
 import itertools
 import json
+import math
 import shlex
 import sys
 import time
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 
 import main
 import posthoc
-from files import UserError, atomic_write, own_folder, read_rows, write_csv
+from files import UserError, atomic_write, own_folder, read_json, read_predictions, read_rows, write_csv
 from flags import Parser, number, parse_args
 from image_cache import limit_image_size
 from leaks import group_names
@@ -113,7 +114,7 @@ def with_epochs(flags, epochs):
     for word in shlex.split(flags):
         share = word.removesuffix("E")
         is_share = word != share and share.replace(".", "", 1).isdecimal()
-        words.append(str(round(float(share) * epochs)) if is_share else word)
+        words.append(str(math.floor(float(share) * epochs)) if is_share else word)
     return [*words, "--epochs", str(epochs)]
 
 
@@ -237,16 +238,13 @@ class Tested:
 
 
 def read_run(run):
-    results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    rows = read_rows(run.folder / "test_predictions.csv")
-    targets = np.array([results["classes"].index(row["label"]) for row in rows])
-    probabilities = np.array([[float(row[f"prob_{name}"]) for name in results["classes"]] for row in rows])
+    results = read_json(run.folder / "results.json")
+    paths, targets, probabilities = read_predictions(run.folder / "test_predictions.csv", results["classes"])
     fitted = {name: results["posthoc"][name] for name in ("tau", "temperature")}
     adjusted = posthoc.adjust(probabilities, results["samples_per_cls"], **fitted)
     predictions = {"raw": probabilities.argmax(axis=1), "posthoc": adjusted.argmax(axis=1)}
-    paths = [row["path"] for row in rows]
-    pattern = json.loads((run.folder / "args.json").read_text(encoding="utf-8"))["group_regex"]
-    return Tested(run, results, paths, targets, predictions, group_names(paths, pattern) if pattern else [])
+    pattern = read_json(run.folder / "args.json")["group_regex"]
+    return Tested(run, results, paths.tolist(), targets, predictions, group_names(paths, pattern) if pattern else [])
 
 
 def read_runs(runs):
@@ -431,7 +429,7 @@ def plot(path, table):
         axes.axvline(values[0], color="0.6", linestyle=":")
         axes.set_title(f"{title}, test, 95 % intervals")
         axes.grid(alpha=0.3)
-    panels[0].set_yticks(heights, [row["remedy"] for row in table])
+    panels[0].set_yticks(heights, [row["remedy"] for row in table], parse_math=False)
     save_figure(figure, path)
 
 

@@ -33,6 +33,7 @@ from image_cache import ImageCache, Paths, image_size_limit, limit_image_size, r
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PARTS = ("train", "val", "test")
 MOST_FOLDS_A_SPLIT = 10  # which the shares of --split are made up of, where groups stay together
+MOST_DRAWS_A_SPLIT = 50  # of groups, until each class is in each part
 MOST_LISTED = 100  # lines about images that are lost
 
 # each loader worker and each scanning thread handles an image of its own: threads inside OpenCV would only fight them
@@ -228,6 +229,34 @@ def stratified_split(index, fractions, seed, separate=(), groups=None):
     fractions: of train, val, test; those of `separate` parts are shared out among the rest. groups: (N,) int, images of
     one stay together. A class that is too small may miss in a part: see `check_every_class_in_every_part`.
     """
+    (parts,) = _first_complete(lambda seed: [_shares(index, fractions, seed, separate, groups)], seed, groups)
+    return parts
+
+
+def fold_splits(index, folds, fractions, seed, groups=None):
+    """-> [{part: ImageIndex} a fold]: each fold is the test once, the rest is split as `fractions` has train to val."""
+    everything, val_share = np.arange(len(index)), fractions[1] / (fractions[0] + fractions[1])
+
+    def draw(seed):
+        splits = []
+        for chosen in _folds(everything, folds, index.targets, groups, seed):
+            rest, val = _take_share(np.setdiff1d(everything, chosen), val_share, index.targets, groups, seed)
+            splits.append({"train": index.subset(rest), "val": index.subset(val), "test": index.subset(chosen)})
+        return splits
+
+    return _first_complete(draw, seed, groups)
+
+
+def _first_complete(draw, seed, groups):
+    """Of splits drawn by seeds derived from `seed`, the first with each class in each part. Without groups any has."""
+    for number in range(1 if groups is None else MOST_DRAWS_A_SPLIT):
+        splits = draw((seed + number * 1_000_003) % 2**32)
+        if all(part.counts().all() for parts in splits for part in parts.values()):
+            break
+    return splits
+
+
+def _shares(index, fractions, seed, separate, groups):
     wanted = [(part, fraction) for part, fraction in zip(PARTS, fractions, strict=True) if part not in separate]
     rest, parts = np.arange(len(index)), {}
     share_left = sum(fraction for _, fraction in wanted)
@@ -239,16 +268,6 @@ def stratified_split(index, fractions, seed, separate=(), groups=None):
     return parts
 
 
-def fold_split(index, folds, fold, fractions, seed, groups=None):
-    """Fold number `fold` of `folds`: its images are the test, the rest is split as train is to val in `fractions`."""
-    everything = np.arange(len(index))
-    chosen = _folds(everything, folds, index.targets, groups, seed)[fold]
-    rest, val = _take_share(
-        np.setdiff1d(everything, chosen), fractions[1] / (fractions[0] + fractions[1]), index.targets, groups, seed
-    )
-    return {"train": index.subset(rest), "val": index.subset(val), "test": index.subset(chosen)}
-
-
 def _take_share(positions, share, targets, groups, seed):
     """-> (what is left, what is chosen), sorted: `share` of the positions, of each class alike."""
     if groups is None:
@@ -257,8 +276,8 @@ def _take_share(positions, share, targets, groups, seed):
         except ValueError:  # a class with one image left, or fewer images than classes: too small
             return positions, positions[:0]
         return np.sort(rest), np.sort(chosen)
-    # as many folds as make up the share
-    parts = Fraction(share).limit_denominator(MOST_FOLDS_A_SPLIT)
+    # as many folds as make up the share, or nearly
+    parts = Fraction(share).limit_denominator(MOST_FOLDS_A_SPLIT) or Fraction(1, round(1 / share))
     folds = _folds(positions, parts.denominator, targets, groups, seed)
     chosen = np.sort(np.concatenate(folds[: parts.numerator]))
     return np.setdiff1d(positions, chosen), chosen
@@ -267,29 +286,34 @@ def _take_share(positions, share, targets, groups, seed):
 def _folds(positions, folds, targets, groups, seed):
     """-> `folds` sorted arrays, of each class alike. Groups stay together, which may leave class shares uneven."""
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    splitter = kind(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of small classes, which are checked afterwards
         try:
+            splitter = kind(folds, shuffle=True, random_state=seed)
             split = list(splitter.split(positions, targets[positions], None if groups is None else groups[positions]))
         except ValueError as error:
-            few = "images" if groups is None else "images or groups"
+            few = "images" if groups is None else "images or persons"
             raise UserError(f"--folds / --split / --group_regex: too few {few} for {folds} folds ({error})") from error
     return [positions[chosen] for _, chosen in split]
 
 
-def check_every_class_in_every_part(parts, fractions):
-    """Raise UserError, naming the class and its numbers, unless each class has an image in each part."""
+def check_every_class_in_every_part(parts, fractions, folds=None):
+    """Raise UserError, naming the class and its numbers, unless each class has an image in each part.
+
+    fractions: of `--split`; folds: the number of `--folds` that `parts` is one of.
+    """
     counts = {part: index.counts() for part, index in parts.items()}
     totals = sum(counts.values())
     for i in np.argsort(totals, kind="stable"):
         if any(count[i] == 0 for count in counts.values()):
             numbers = ", ".join(f"{part} {count[i]}" for part, count in counts.items())
             split = " ".join(f"{fraction:g}" for fraction in fractions)
-            name = parts["train"].classes[i]
+            flag, wanted, other = "--split", split, "change the shares, or give --val_dirs / --test_dirs"
+            if folds:
+                flag, wanted, other = "--folds", f"{folds} folds", "or take fewer folds"
             raise UserError(
-                f"--split: class {name!r} has too few images ({totals[i]}) for {split}: {numbers}; "
-                f"each part needs one: add images, change the shares, or give --val_dirs / --test_dirs"
+                f"{flag}: class {parts['train'].classes[i]!r} has too few images ({totals[i]}), or too few persons "
+                f"among them, for {wanted}: {numbers}; each part needs one: add images, {other}"
             )
 
 

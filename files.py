@@ -204,6 +204,14 @@ def write_json(path, content):
         file.write("\n")
 
 
+def read_json(path):
+    """Raises UserError if the file is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})") from error
+
+
 def read_rows(path):
     """A file of `write_csv` or `write_predictions` -> [{column: text}]."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -231,3 +239,11 @@ def write_predictions(path, image_paths, targets, probabilities, classes):
         for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
             correct = int(target == prediction)
             writer.writerow([image_path, classes[target], classes[prediction], correct, *(f"{p:.7g}" for p in row)])
+
+
+def read_predictions(path, classes):
+    """A file of `write_predictions` -> (paths (N,) str, targets (N,) int, probabilities (N, C))."""
+    rows = read_rows(path)
+    targets = np.array([classes.index(row["label"]) for row in rows])
+    probabilities = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
+    return np.array([row["path"] for row in rows]), targets, probabilities

@@ -36,8 +36,13 @@ NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb
 # flags that name a place to write to: a checkpoint from elsewhere must not choose one
 WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags whose work is done: the split is made, the training has begun, the best model so far was chosen
-FIXED_ON_RESUME = ("split", "group_regex", "folds", "fold", "pretrained", "weights")
-FIXED_IN_TRAINING = ("best_metric",)
+FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights")
+FIXED_IN_TRAINING = ("best_metric", "group_regex")
+# flags that change nothing of what a run learns; nor do W&B's
+NEUTRAL_FLAGS = {
+    "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
+    "save_minutes", "max_megapixels",
+}  # fmt: skip
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")  # by which the best epoch can be chosen
 # flags that set which image of an epoch comes when
 ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class", "sampling", "drw_epoch", "crt_epochs", "ema")
@@ -103,6 +108,10 @@ def flag_of(word):
     """--lr, --lr=0.1, --learning_rate, lr -> learning_rate: the flag that a word of the command line names."""
     option = f"--{word.removeprefix('--').partition('=')[0]}"
     return getattr(build_parser()._option_string_actions.get(option), "dest", option)
+
+
+def is_neutral(name):
+    return name in NEUTRAL_FLAGS or name.startswith("wandb_")
 
 
 def add_data_flags(group):
@@ -271,7 +280,8 @@ def parse_args(argv, run_dir):
     elif args.data_dirs and args.demo:
         raise UserError("--demo: makes its own data; leave out --data_dirs")
     check_training_flags(args)
-    check_fractions(args.split, [part for part in ("val", "test") if getattr(args, f"{part}_dirs")])
+    separate = [part for part in ("val", "test") if getattr(args, f"{part}_dirs")]
+    check_fractions(args.split, [*separate, "test"] if args.folds else separate)
     return args, checkpoint
 
 

@@ -44,7 +44,9 @@ def group_names(paths, pattern):
     missing = [path for path, name in zip(paths, names, strict=True) if not name]
     if missing:
         more = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"--group_regex: {pattern} finds nobody in the name of {missing[0]}{more}")
+        raise UserError(
+            f"--group_regex: {pattern} finds nobody in the name of {missing[0]}{more} (--group_regex '': no persons)"
+        )
     return names
 
 

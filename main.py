@@ -31,10 +31,11 @@ from dataset_double import (
     ClassSampler,
     DoubleSkinDataset,
     EpochSampler,
+    ImageIndex,
     check_doubles,
     check_every_class_in_every_part,
     check_every_folder_is_used,
-    fold_split,
+    fold_splits,
     index_folders,
     make_loader,
     read_all,
@@ -47,12 +48,14 @@ from files import (
     locked,
     new_folder,
     own_folder,
+    read_json,
+    read_predictions,
     timestamped,
     write_history,
     write_json,
     write_predictions,
 )
-from flags import ORDER_FLAGS, WRITTEN_TO, first_look, is_inside, parse_args
+from flags import ORDER_FLAGS, WRITTEN_TO, first_look, is_inside, is_neutral, parse_args
 from image_cache import ImageCache, default_cache_dir, limit_image_size
 from leaks import check_groups, groups_of, warn_of_grouped_names, warn_of_near_duplicates
 from metrics import full_metrics, recalls, summary_metrics
@@ -117,7 +120,10 @@ def split_data(args):
     index = whole.pop("data")
     groups = groups_of(index.paths, args.group_regex) if args.group_regex else None
     if args.folds:
-        parts = fold_split(index, args.folds, args.fold, args.split, args.seed, groups)
+        splits = fold_splits(index, args.folds, args.split, args.seed, groups)
+        for parts in splits:  # all, so that the last is not refused after days
+            check_every_class_in_every_part(parts, args.split, args.folds)
+        parts = splits[args.fold]
     else:
         parts = stratified_split(index, args.split, args.seed, separate, groups)
     parts = {part: {**parts, **whole}[part] for part in PARTS}
@@ -395,7 +401,7 @@ def restore(engine, checkpoint, args, stages, run_dir):
             engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
         torch.set_rng_state(checkpoint["rng_state"]["cpu"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--resume: {args.resume} does not fit this network: {str(error).splitlines()[0]}") from error
+        raise does_not_fit(args.resume, error) from error
     where = f", after {position['images']} of its images" if position else ""
     print(f"going on with epoch {checkpoint['epoch'] + 1}{where}")
     steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
@@ -409,6 +415,12 @@ def restore(engine, checkpoint, args, stages, run_dir):
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
     best_metric, best_epoch = settle_best_model(checkpoint, args.resume, run_dir)
     return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), position
+
+
+def does_not_fit(path, error):
+    """-> UserError. error: of `load_state_dict`, whose first line says nothing of what does not fit."""
+    reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return UserError(f"--resume: {path} is no checkpoint of this network: {reason[:300]}")
 
 
 def train_and_validate(engine, stage, val_loader, figures, args, keeper):
@@ -465,7 +477,7 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     -> (results, {part: probabilities (N, C)}).
     """
     classes, samples_per_cls = parts["test"].classes, checkpoint["samples_per_cls"]
-    results, probabilities = {"best_epoch": checkpoint["best_epoch"]}, {}
+    results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
         loader = val_loader_for(index, args, engine.device)
         loss, probabilities[part], targets = engine.evaluate(loader, part)
@@ -503,12 +515,17 @@ def evaluate_best(engine, parts, args, run_dir):
 
 
 def figures_of(probabilities, index, args, checkpoint):
-    ordinal = args.ordinal or args.train_loss == "ordinal"
-    return full_metrics(index.targets, probabilities, index.classes, checkpoint["samples_per_cls"], ordinal)
+    groups = groups_of(index.paths, args.group_regex) if args.group_regex else None
+    counts = checkpoint["samples_per_cls"]
+    return full_metrics(index.targets, probabilities, index.classes, counts, is_ordinal(args), groups)
 
 
-def print_results(results, epoch, run_dir):
-    print(f"model of epoch {epoch} (in brackets: 95 % intervals):")
+def is_ordinal(args):
+    return args.ordinal or args.train_loss == "ordinal"
+
+
+def print_results(results, run_dir):
+    print(f"model of epoch {results['evaluated_epoch']} (in brackets: 95 % intervals):")
     for part in ("val", "test"):
         if part in results:
             print_figures(part, results[part])
@@ -527,7 +544,8 @@ def print_figures(title, figures):
     for name, word in (("balanced_acc", "balanced accuracy"), ("macro_f1", "macro F1"), ("acc", "accuracy")):
         low, high = figures[f"{name}_ci"]
         words.append(f"{word} {figures[name]:.3f} [{low:.3f}, {high:.3f}]")
-    print(f"{title:>4}: {', '.join(words)}, loss {figures['loss']:.4f}")
+    loss = f", loss {figures['loss']:.4f}" if "loss" in figures else ""
+    print(f"{title:>4}: {', '.join(words)}{loss}")
 
 
 # -------------------------------------------------------------------------------------------------- the experiment
@@ -546,6 +564,8 @@ def train(args, checkpoint, device, run_dir, signals):
     classes = parts["train"].classes
     samples_per_cls = parts["train"].counts()
     print_class_table(parts, args.beta, args.group_regex)
+    if is_ordinal(args):
+        print(f"grades in their order: {' < '.join(classes)}")
     criterion = make_loss(args, samples_per_cls)
 
     stages = plan_stages(args, parts["train"], criterion, device)
@@ -584,12 +604,18 @@ def train(args, checkpoint, device, run_dir, signals):
 
         engine.criterion = criterion
         results, probabilities = evaluate_best(engine, parts, args, run_dir)
-        report.plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"])
+        changes = [stage.start for stage in stages[1:]]
+        report.plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"], changes)
         report.write_report(run_dir, vars(args), results)
         run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
     # the last file: the run is finished
     write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})
-    print_results(results, results["best_epoch"], run_dir)
+    if results["best_epoch"] < stages[-1].start:
+        print(
+            f"warning: the best epoch, {results['best_epoch']}, is one before --drw_epoch / --crt_epochs take effect, "
+            f"in epoch {stages[-1].start}: the model that is kept and tested has not seen them"
+        )
+    print_results(results, run_dir)
 
 
 def is_finished(args, checkpoint, run_dir):
@@ -624,13 +650,16 @@ def make_loss(args, samples_per_cls, weighted=True):
 def evaluate_only(args, checkpoint, device, run_dir):
     parts = data_to_evaluate(args, checkpoint)
     engine = build_engine(args, device, make_loss(args, checkpoint["samples_per_cls"]), len(checkpoint["classes"]))
-    engine.model.load_state_dict(checkpoint["model_state_dict"])
+    try:
+        engine.model.load_state_dict(checkpoint["model_state_dict"])
+    except RuntimeError as error:
+        raise does_not_fit(args.resume, error) from error
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_of(parts))
     results, _ = evaluate_parts(engine, parts, args, run_dir, checkpoint)
     report.write_report(run_dir, vars(args), results)
     write_json(run_dir / "results.json", results)
-    print_results(results, checkpoint["epoch"], run_dir)
+    print_results(results, run_dir)
 
 
 def how_to_go_on(args, argv, signals):
@@ -649,24 +678,51 @@ def how_to_go_on(args, argv, signals):
 
 def run_folds(argv, first, signals):
     """Every fold as a run of its own in one folder, then mean and spread over them. -> exit status."""
-    folder = Path(first.run_dir or timestamped(first.output_dir)).absolute()
-    if folder.exists() and not first.auto_resume:
-        raise UserError(f"--run_dir: {folder} exists already; name a new folder, or go on with --auto_resume")
-    run_dirs = [folder / f"fold_{fold}" for fold in range(first.folds)]
-    for fold, run_dir in enumerate(run_dirs):
-        print(f"fold {fold} of {first.folds}")
-        status = run([*argv, "--fold", str(fold), "--run_dir", str(run_dir)], signals)
-        if status:
-            return status
-    spread = report.spread_over(run_dirs)
-    write_json(folder / "folds.json", spread)
-    report.print_spread(f"mean and standard deviation of {first.folds} folds", spread)
-    print(f"results lie in {folder}")
+    with run_folder(first) as folder:
+        args, _ = parse_args([*argv, "--fold", "0"], folder)
+        check_same_folds(folder, vars(args))
+        again = shlex.join(["python", "main.py", *argv, "--run_dir", str(folder), "--auto_resume"])
+        go_on = "; go on with the same command" if first.auto_resume else f"; go on with: {again}"
+        run_dirs = [folder / f"fold_{fold}" for fold in range(first.folds)]
+        for fold, run_dir in enumerate(run_dirs):
+            print(f"fold {fold} of {first.folds}")
+            own = ["--fold", str(fold), "--run_dir", str(run_dir), "--auto_resume"]
+            if status := run([*argv, *own], signals, go_on):
+                return status
+        spread, pooled = report.spread_over(run_dirs), pooled_figures(run_dirs, args)
+        write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
+        report.print_spread(f"mean and standard deviation of {first.folds} folds", spread)
+        print_figures("test images of all folds together", pooled)
+        print(f"results lie in {folder}")
     return 0
 
 
-def run(argv, signals):
-    """What the command line asks for. -> exit status; raises UserError and OSError."""
+def check_same_folds(folder, flags):
+    """Raise UserError if the folds in `folder` were begun with other flags, which are in its `args.json`."""
+    path = folder / "args.json"
+    former = read_json(path) if path.exists() else flags
+    for name, value in flags.items():
+        if not is_neutral(name) and former.get(name) != value:
+            raise UserError(
+                f"--{name}: the folds in {folder} were begun with {former.get(name)}; give it as it was, or name "
+                "another --run_dir"
+            )
+    write_json(path, flags)
+
+
+def pooled_figures(run_dirs, args):
+    """The figures of the test images of all folds together; each image is tested in one."""
+    results = read_json(run_dirs[0] / "results.json")
+    folds = [read_predictions(run_dir / "test_predictions.csv", results["classes"]) for run_dir in run_dirs]
+    paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
+    return figures_of(probabilities, ImageIndex(paths.tolist(), targets, results["classes"]), args, results)
+
+
+def run(argv, signals, go_on=None):
+    """What the command line asks for. -> exit status; raises UserError and OSError.
+
+    go_on: what to say behind "stopped", instead of `how_to_go_on`.
+    """
     args = None
     try:
         first = first_look(argv)
@@ -683,7 +739,7 @@ def run(argv, signals):
             else:
                 train(args, checkpoint, device, run_dir, signals)
     except Stopped as stop:
-        print(f"stopped{how_to_go_on(args, argv, signals)}", file=sys.stderr)
+        print(f"stopped{go_on or how_to_go_on(args, argv, signals)}", file=sys.stderr)
         if "WANDB_SWEEP_ID" in os.environ:
             # wandb agent takes an exit status for a failure, and gives up after some; death by a signal it does not
             signal.signal(stop.number, signal.SIG_DFL)

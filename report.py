@@ -17,16 +17,17 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from files import UserError, atomic_write
-from flags import Parser
+from files import UserError, atomic_write, read_json
+from flags import Parser, is_neutral
 from resuming import exit_status
 
 # matplotlib's own font has no Hangul; these, where installed, draw class names that need it
 HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
 
 
-def plot_curves(path, history, best_epoch):
-    """Loss and the metrics over the epochs. history: rows of `history.csv`."""
+def plot_curves(path, history, best_epoch, changes=()):
+    """Loss and the metrics over the epochs. history: rows of `history.csv`; changes: the epochs with which another loss
+    or other sampling begins."""
     epochs = [int(row["epoch"]) for row in history]
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss_axes, metric_axes = figure.subplots(1, 2)
@@ -44,6 +45,9 @@ def plot_curves(path, history, best_epoch):
             dashed = "--" if column in ("train_acc", "val_acc") else "-"
             axes.plot(epochs, [float(row[column]) for row in history], dashed, marker="o", markersize=3, label=label)
         axes.axvline(best_epoch, color="0.6", linewidth=1, linestyle=":", label="best epoch")
+        for number, epoch in enumerate(changes):
+            label = None if number else "another loss or sampling from here"
+            axes.axvline(epoch - 0.5, color="tab:red", linewidth=1, linestyle=":", label=label)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -68,7 +72,7 @@ def plot_confusion_matrix(path, matrix, classes, title):
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    fonts = {"fontfamily": ["DejaVu Sans", *_installed(HANGUL_FONTS)]}
+    fonts = {"fontfamily": ["DejaVu Sans", *_installed(HANGUL_FONTS)], "parse_math": False}
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor", **fonts)
     axes.set_yticks(range(len(classes)), classes, **fonts)
     axes.set_xlabel("prediction")
@@ -137,7 +141,7 @@ def write_report(run_dir, args, results):
     title = html.escape(run_dir.name)
     page = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f"<h1>{title}</h1><p>Best epoch: {results['best_epoch']}</p>",
+        f"<h1>{title}</h1><p>Model of epoch {results['evaluated_epoch']}</p>",
         _table(["", *(SUMMARY_COLUMNS[name] for name in columns)], summary),
         "<h2>Test, class by class</h2>",
         _table(["class", "training images", "test images", *CLASS_COLUMNS.values()], per_class),
@@ -152,17 +156,16 @@ def write_report(run_dir, args, results):
 
 
 SPREAD = ("balanced_acc", "macro_f1", "acc")
-NOT_COMPARED = ("seed", "fold", "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers")
 
 
 def spread_over(run_dirs):
     """-> {figure: {"mean", "std", "values"}} over runs, of `results.json`: test_..., test_posthoc_... and val_....
 
-    std: the sample standard deviation, None for one run. Raises UserError for a run that is not finished.
+    std: the sample standard deviation, None for one run.
     """
     values = {}
     for run_dir in run_dirs:
-        results = _results(run_dir)
+        results = read_json(run_dir / "results.json")
         parts = {"test": results["test"], "test_posthoc": results.get("posthoc", {}).get("test")}
         for part, figures in {**parts, "val": results.get("val")}.items():
             for name in SPREAD if figures else ():
@@ -181,28 +184,27 @@ def print_spread(title, spread):
         print(f"{name:>26} {of['mean']:.3f}{std}  ({', '.join(f'{value:.3f}' for value in of['values'])})")
 
 
-def _results(run_dir):
-    try:
-        return json.loads(Path(run_dir, "results.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{run_dir}: is not a finished run ({error.strerror}: results.json)") from error
-
-
 def compare(run_dirs):
-    """Mean and spread over the seeds and folds of runs with the same flags, best first."""
+    """Mean and spread over the seeds and folds of runs with the same flags, the best on validation images first."""
     groups = {}
-    for run_dir in run_dirs:
-        _results(run_dir)
-        args = json.loads(Path(run_dir, "args.json").read_text(encoding="utf-8"))
-        flags = {k: v for k, v in args.items() if k not in NOT_COMPARED and not k.startswith("wandb_")}
+    for run_dir in dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs):
+        if not (run_dir / "results.json").exists():
+            print(f"passed over: {run_dir} is not a finished run")
+            continue
+        args = read_json(run_dir / "args.json")
+        flags = {name: value for name, value in args.items() if not is_neutral(name) and name not in ("seed", "fold")}
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run_dir)
+    if not groups:
+        raise UserError(f"{run_dirs[0]}: is not a finished run, nor is any other")
     chosen = [json.loads(key) for key in groups]
-    differing = [name for name in chosen[0] if len({json.dumps(flags.get(name)) for flags in chosen}) > 1]
+    names = dict.fromkeys(name for flags in chosen for name in flags)
+    differing = [name for name in names if len({json.dumps(flags.get(name)) for flags in chosen}) > 1]
     spreads = []
     for flags, members in zip(chosen, groups.values(), strict=True):
         title = " ".join(f"--{name} {flags.get(name)}" for name in differing)
         spreads.append((f"{title or members[0]} ({len(members)} runs)", spread_over(members)))
-    for title, spread in sorted(spreads, key=lambda one: -one[1]["test_balanced_acc"]["mean"]):
+    by_validation = "val_balanced_acc" if all("val_balanced_acc" in of for _, of in spreads) else "test_balanced_acc"
+    for title, spread in sorted(spreads, key=lambda one: -one[1][by_validation]["mean"]):
         print_spread(title, spread)
 
 

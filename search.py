@@ -24,7 +24,7 @@ import matplotlib
 
 import main
 from files import UserError, atomic_write, first_line, read_rows, write_csv
-from flags import BEST_METRICS, Parser, flag_of, number
+from flags import BEST_METRICS, Parser, flag_of, is_neutral, number
 from flags import build_parser as build_main_parser
 from resuming import Signals, exit_status
 from sweep_config import read_sweep
@@ -43,8 +43,6 @@ STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.Operati
 MOST_FAILURES = 3  # before any trial was finished: the command itself is wrong
 MOST_KILLS = 2  # of a trial that is gone on with, as by a system without memory
 WORDS = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early", TrialState.FAIL: "failed"}
-# flags that may differ from one time to the next: the trials stay comparable
-NEUTRAL_FLAGS = {"device", "num_workers", "cache_dir", "no_cache", "save_every", "save_minutes", "max_megapixels"}
 DATA_FLAGS = {"data_dirs", "val_dirs", "test_dirs"}
 
 
@@ -137,8 +135,8 @@ class Search:
         """What makes the trials of a study comparable."""
         flags, defaults = vars(self.constants), vars(build_main_parser().parse_args([]))
         # with a storage that machines share, the data may lie elsewhere on each
-        neutral = NEUTRAL_FLAGS | (DATA_FLAGS if self.args.storage else set())
-        chosen = {k: v for k, v in flags.items() if v != defaults[k] and k not in neutral and k[:6] != "wandb_"}
+        elsewhere = DATA_FLAGS if self.args.storage else set()
+        chosen = {k: v for k, v in flags.items() if v != defaults[k] and not is_neutral(k) and k not in elsewhere}
         for name in DATA_FLAGS & chosen.keys():
             chosen[name] = [os.path.abspath(folder) for folder in chosen[name]]
         return {**{key: self.config.content.get(key) for key in ("parameters", "metric", "method")}, "flags": chosen}

@@ -24,7 +24,7 @@ from dataset_double import (
     check_every_folder_is_used,
     check_fractions,
     draw_parameters,
-    fold_split,
+    fold_splits,
     index_folders,
     make_loader,
     natural_key,
@@ -204,11 +204,27 @@ def test_groups_stay_together_and_class_shares_are_kept_nearly():
     np.testing.assert_allclose(parts["val"].counts() / index.counts(), 0.2, atol=0.05)
 
 
+def test_groups_keep_small_shares_nearly():
+    index = index_of([600, 300])
+    parts = stratified_split(index, [0.92, 0.04, 0.04], seed=0, groups=np.arange(900) // 3)
+    assert [len(parts[part]) for part in ("train", "val", "test")] == pytest.approx([828, 36, 36], abs=6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rare_class_of_few_persons_is_in_each_part_if_it_can_be(seed):
+    index, groups = index_of([300, 8]), np.r_[np.arange(300) // 5, 60 + np.arange(8) // 2]  # four persons
+    splits = [stratified_split(index, [0.6, 0.2, 0.2], seed, groups=groups)]
+    splits += fold_splits(index, 4, [0.6, 0.2, 0.2], seed, groups)
+    for parts in splits:
+        assert all(part.counts().all() for part in parts.values())
+    tested = [path for parts in splits[1:] for path in parts["test"].paths]
+    assert sorted(tested) == sorted(index.paths)
+
+
 @pytest.mark.parametrize("groups", [None, np.arange(100) // 2])
 def test_every_image_is_tested_in_one_fold(groups):
     index, tested = index_of([70, 30]), []
-    for fold in range(4):
-        parts = fold_split(index, 4, fold, [0.6, 0.2, 0.2], 3, groups)
+    for parts in fold_splits(index, 4, [0.6, 0.2, 0.2], 3, groups):
         assert sorted(path for part in parts.values() for path in part.paths) == sorted(index.paths)
         assert len(parts["val"]) == pytest.approx(19, abs=2)  # a quarter of the rest
         np.testing.assert_allclose(parts["test"].counts(), [17.5, 7.5], atol=2.5)
@@ -218,7 +234,7 @@ def test_every_image_is_tested_in_one_fold(groups):
 
 def test_more_folds_than_images_of_every_class_are_refused():
     with pytest.raises(UserError, match="too few images for 9 folds"):
-        fold_split(index_of([8, 3]), 9, 0, [0.6, 0.2, 0.2], 0)
+        fold_splits(index_of([8, 3]), 9, [0.6, 0.2, 0.2], 0)
 
 
 def test_split_depends_on_the_seed_alone():

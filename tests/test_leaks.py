@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pytest
@@ -97,3 +98,9 @@ def test_no_person_is_in_two_parts(tmp_path, capsys, thin_network):
     assert sum(map(int, line.split()[1:])) == 15
     assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--group_regex", "x") == 2
     assert "--group_regex: stays what it was" in capsys.readouterr().err
+    flags = ["--eval_only", "--resume", tmp_path / "run" / "best_model.pth"]
+    assert run_main(*flags, "--run_dir", tmp_path / "persons") == 0
+    assert run_main(*flags, "--group_regex", "", "--run_dir", tmp_path / "images") == 0
+    persons, images = (json.loads((tmp_path / of / "results.json").read_text()) for of in ("persons", "images"))
+    assert persons["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert persons["test"]["nll"] == images["test"]["nll"] and persons["test"]["nll_ci"] != images["test"]["nll_ci"]

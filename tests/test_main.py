@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from conftest import (
     run_main,
     same,
     start_main,
+    wait_for,
     write_checkpoint,
     write_class_folders,
     write_images,
@@ -30,6 +32,7 @@ from flags import build_parser
 from model import CHECKPOINT_TYPES, load_checkpoint
 
 ROOT = Path(main.__file__).parent
+THIN_MAIN = ROOT / "tests" / "thin_main.py"
 pytestmark = pytest.mark.usefixtures("thin_network")  # the processes that are started have the whole ResNet-50
 
 
@@ -115,15 +118,59 @@ def test_folds_are_trained_one_after_the_other_and_summed_up(data_dir, tmp_path,
         accuracies.append(results["test"]["balanced_acc"])
         tested += [row["path"] for row in read_rows(tmp_path / "cv" / f"fold_{fold}" / "test_predictions.csv")]
     assert len(tested) == len(set(tested)) == 35
+    pooled = [row for run in (tmp_path / "cv").glob("fold_?") for row in read_rows(run / "test_predictions.csv")]
+    assert spread["test_pooled"]["acc"] == pytest.approx(np.mean([int(row["correct"]) for row in pooled]))
+    assert {name: row["support"] for name, row in spread["test_pooled"]["per_class"].items()} == TINY_COUNTS
     assert spread["test_balanced_acc"]["values"] == accuracies
     assert spread["test_balanced_acc"]["mean"] == pytest.approx(np.mean(accuracies))
     assert spread["test_balanced_acc"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert run_main(*flags) == 2 and "exists already" in capsys.readouterr().err
-    assert run_main(*flags, "--auto_resume") == 0 and capsys.readouterr().out.count("finished before") == 3
-    assert report.main_report([str(tmp_path / "cv" / f"fold_{fold}") for fold in range(3)]) == 0
-    assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in capsys.readouterr().out
+    assert run_main(*flags, "--auto_resume", "--num_workers", 1) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert run_main(*flags, "--auto_resume", "--gamma", 1) == 2
+    assert "--gamma: the folds in" in capsys.readouterr().err
+    runs = [str(tmp_path / "cv" / f"fold_{fold}") for fold in (0, 1, 2, 0)]  # one twice: it counts once
+    assert report.main_report([*runs, str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in out and "(3 runs)" in out
+    assert f"passed over: {tmp_path} is not a finished run" in out
     assert report.main_report([str(tmp_path)]) == 2
     assert f"error: {tmp_path}: is not a finished run" in capsys.readouterr().err
+    Path(runs[0], "results.json").write_text("{")
+    assert report.main_report(runs) == 2 and "results.json: is damaged" in capsys.readouterr().err
+
+
+def test_a_cross_validation_that_is_stopped_goes_on_by_the_command_that_it_prints(data_dir, tmp_path):
+    flags = [*TINY_FLAGS, "--folds", 2, "--split", 0.8, 0.2, 0]
+    process = start_main("--data_dirs", data_dir, *flags, "--output_dir", tmp_path / "cv", program=THIN_MAIN)
+    wait_for(lambda: list(tmp_path.glob("cv_*/fold_0/results.json")))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    (folder,) = tmp_path.glob("cv_*")
+    assert process.returncode == 143 and err.count("go on with: ") == 1
+    again = shlex.split(err.partition("go on with: python main.py ")[2])
+    assert again[-3:] == ["--run_dir", str(folder), "--auto_resume"]
+    assert run_main(*again) == 0 and (folder / "folds.json").exists()
+
+
+def test_a_class_too_small_for_the_last_fold_is_told_before_the_first(tmp_path, capsys):
+    data = write_class_folders(tmp_path / "data", {"0": 20, "1": 4})
+    flags = ["--data_dirs", data, *TINY_FLAGS, "--folds", 5, "--run_dir", tmp_path / "cv"]
+    assert run_main(*flags) == 2
+    assert "--folds: class '1' has too few images (4)" in capsys.readouterr().err
+    assert not (tmp_path / "cv").exists()
+
+
+def test_a_best_epoch_that_has_not_seen_what_is_deferred_is_told(data_dir, tmp_path, capsys):
+    # learns nothing, so that the first epoch stays the best
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--lr", 1e-12, "--drw_epoch", 1, "--train_loss", "cb", "--ordinal"]
+    assert run_main(*flags, "--run_dir", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "the best epoch, 0, is one before --drw_epoch / --crt_epochs take effect, in epoch 1" in out
+    assert "grades in their order: 0 < 2 < 10" in out
+    assert run_main("--eval_only", "--resume", tmp_path / "run" / "last_model.pth", "--run_dir", tmp_path / "eval") == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert (results["evaluated_epoch"], results["best_epoch"]) == (1, 0)
 
 
 def test_the_last_epochs_train_a_new_head_on_a_frozen_backbone(data_dir, tmp_path):

@@ -19,7 +19,7 @@ def test_confusion_matrix_is_drawn_for_any_number_of_classes(tmp_path, classes):
 def test_curves_are_drawn_from_numbers_and_from_a_history_read_back(tmp_path):
     rows = [dict.fromkeys(HISTORY_COLUMNS, str(0.1 * epoch)) | {"epoch": str(epoch)} for epoch in range(3)]
     rows.append(dict.fromkeys(HISTORY_COLUMNS, 0.3) | {"epoch": 3})
-    plot_curves(tmp_path / "curves.png", rows, best_epoch=2)
+    plot_curves(tmp_path / "curves.png", rows, best_epoch=2, changes=[1, 3])
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > image.size[1] > 300
 
@@ -33,7 +33,7 @@ def test_letters_that_no_font_has_are_told_in_one_line(tmp_path, capsys):
 def test_report_is_one_file_with_figures_pictures_and_flags(tmp_path):
     targets, classes = np.array([0, 0, 1, 1]), ["<dry>", "주름"]
     test = full_metrics(targets, np.eye(2)[[0, 1, 1, 1]], classes, [30, 7]) | {"loss": 0.5}
-    results = {"best_epoch": 3, "test": test, "classes": classes, "samples_per_cls": [30, 7]}
+    results = {"evaluated_epoch": 3, "test": test, "classes": classes, "samples_per_cls": [30, 7]}
     plot_confusion_matrix(tmp_path / "confusion_matrix.png", test["confusion_matrix"], ["a", "b"], "test")
     write_report(tmp_path, {"beta": 0.999, "data_dirs": ["/a <b>"], "alpha": None}, results)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
