@@ -10,11 +10,11 @@ go to all of them. Broken off, the same command goes on. At the end: ablation.cs
 import argparse
 import itertools
 import json
-import math
 import shlex
 import sys
 import time
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +91,17 @@ def read_grid(path):
     if path is None:
         return GRID
     try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        grid = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--grid: {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--grid: {path} is no yaml: {' '.join(str(error).split())}") from error
     if not isinstance(grid, dict) or not grid:
         raise UserError(f"--grid: {path}: a mapping is wanted, from a name to a text of main.py's flags")
+    names = Counter(key.value for key, _ in yaml.compose(text).value)  # safe_load keeps the last of a name
+    if max(names.values()) > 1:
+        raise UserError(f"--grid: {path}: {names.most_common(1)[0][0]} is there twice")
     for name, flags in grid.items():
         if not isinstance(flags, str):
             raise UserError(f'--grid: {path}: {name}: a text of flags is wanted, "" for none')
@@ -114,7 +118,7 @@ def with_epochs(flags, epochs):
     for word in shlex.split(flags):
         share = word.removesuffix("E")
         is_share = word != share and share.replace(".", "", 1).isdecimal()
-        words.append(str(math.floor(float(share) * epochs)) if is_share else word)
+        words.append(str(min(round(float(share) * epochs), epochs - 1)) if is_share else word)
     return [*words, "--epochs", str(epochs)]
 
 

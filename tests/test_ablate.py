@@ -212,6 +212,7 @@ def test_a_run_that_fails_is_told_after_the_others(tmp_path, data_dir, capsys):
         ("plain: --drw_epoch 2", ["--train_loss", "ce"], "plain: --drw_epoch: there is nothing to defer"),
         ("[1, 2]", [], "--grid: {grid}: a mapping is wanted"),
         ("a: [", [], "--grid: {grid} is no yaml"),
+        ("a: --gamma 1\na: --gamma 2", [], "--grid: {grid}: a is there twice"),
         ("plain: --train_loss ce", ["--baseline", "other"], "--baseline: other is none of plain"),
         ("plain: --train_loss ce", ["--seed", "3"], "--seed: is set for each trial"),
         ("plain: --train_loss ce", ["--run_dir=x"], "--run_dir=x: is set for each trial"),
