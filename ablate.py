@@ -117,8 +117,11 @@ def with_epochs(flags, epochs):
     words = []
     for word in shlex.split(flags):
         share = word.removesuffix("E")
-        is_share = word != share and share.replace(".", "", 1).isdecimal()
-        words.append(str(min(round(float(share) * epochs), epochs - 1)) if is_share else word)
+        if word != share and share.replace(".", "", 1).isdecimal():
+            word = str(round(float(share) * epochs))
+            if word in ("0", str(epochs)) and 0 < float(share) < 1:
+                raise UserError(f"{share}E: there is no such share of {epochs} epochs; take more --epochs")
+        words.append(word)
     return [*words, "--epochs", str(epochs)]
 
 
@@ -317,13 +320,17 @@ def compare(tested, baseline):
     figures = resampled_figures(by_remedy, tested[baseline])
     seeds = len(tested[baseline])
     drawn = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
-    weights = np.concatenate([np.ones((1, seeds)), drawn]) / seeds
+    # stretched: the spread of a bootstrap of few is too small by (n - 1) / n (Hesterberg 2015, sec. 3.2)
+    weights = 1 / seeds + np.concatenate([np.zeros((1, seeds)), drawn - 1]) / np.sqrt(seeds * max(1, seeds - 1))
     means = {name: {metric: (of[metric] * weights).sum(axis=1) for metric in METRICS} for name, of in figures.items()}
     table = []
     for name, mean in means.items():
         row = {"remedy": name}
         for metric in METRICS:
-            row[f"{metric}_std"] = np.std(figures[name][metric][0], ddof=1) if seeds > 1 else 0.0
+            of_seeds = figures[name][metric][0]
+            row[f"{metric}_std"] = np.std(of_seeds, ddof=1) if seeds > 1 else 0.0
+            differences = of_seeds - figures[baseline][metric][0]
+            row[f"{metric}_agreeing"] = int((np.sign(differences) == np.sign(differences.mean())).sum())
             of_metric = summarise(mean[metric], means[baseline][metric])
             row |= {f"{metric}{suffix}": value for suffix, value in of_metric.items()}
         table.append(row | about_runs(tested.get(name, [])))
@@ -401,6 +408,7 @@ def markdown(table, baseline, seeds):
         difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(
             row["balanced_acc_difference"], *row["balanced_acc_difference_ci"]
         )
+        difference += f", {row['balanced_acc_agreeing']} of {len(seeds)} seeds" if len(seeds) > 1 else ""
         is_baseline = row["remedy"] == baseline
         cells = [row["remedy"]]
         for metric in METRICS:
@@ -414,9 +422,9 @@ def markdown(table, baseline, seeds):
     about = (
         f"Test images, mean over seeds {' '.join(map(str, seeds))}; in brackets the 95 % interval of a bootstrap of "
         "images, stratified by class, and of seeds; ± standard deviation over the seeds. Difference and p: balanced "
-        "accuracy, paired, p corrected by Holm for the number of remedies; of few seeds they know little of what "
-        "another training would give. Post hoc: balanced accuracy with logit adjustment by tau, fitted on the "
-        "validation images. Validation: balanced accuracy there, by which to choose."
+        "accuracy, paired, in how many seeds it has this sign, p corrected by Holm for the number of remedies; of few "
+        "seeds they know little of what another training would give, of one nothing. Post hoc: balanced accuracy with "
+        "logit adjustment by tau, fitted on validation images. Validation: balanced accuracy there, by which to choose."
     )
     return "\n".join([*lines, "", about, ""])
 

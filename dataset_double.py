@@ -229,7 +229,8 @@ def stratified_split(index, fractions, seed, separate=(), groups=None):
     fractions: of train, val, test; those of `separate` parts are shared out among the rest. groups: (N,) int, images of
     one stay together. A class that is too small may miss in a part: see `check_every_class_in_every_part`.
     """
-    (parts,) = _first_complete(lambda seed: [_shares(index, fractions, seed, separate, groups)], seed, groups)
+    draws = _draws(index, groups, len(PARTS) - len(separate))
+    (parts,) = _first_complete(lambda seed: [_shares(index, fractions, seed, separate, groups)], seed, draws)
     return parts
 
 
@@ -244,12 +245,20 @@ def fold_splits(index, folds, fractions, seed, groups=None):
             splits.append({"train": index.subset(rest), "val": index.subset(val), "test": index.subset(chosen)})
         return splits
 
-    return _first_complete(draw, seed, groups)
+    return _first_complete(draw, seed, _draws(index, groups, max(folds, len(PARTS))))
 
 
-def _first_complete(draw, seed, groups):
-    """Of splits drawn by seeds derived from `seed`, the first with each class in each part. Without groups any has."""
-    for number in range(1 if groups is None else MOST_DRAWS_A_SPLIT):
+def _draws(index, groups, parts):
+    """How often to draw: of classes with fewer groups than `parts` no split has one in each, without groups any has."""
+    if groups is None:
+        return 1
+    fewest = min(len(np.unique(groups[index.targets == c])) for c in range(len(index.classes)))
+    return MOST_DRAWS_A_SPLIT if fewest >= parts else 1
+
+
+def _first_complete(draw, seed, draws):
+    """Of `draws` splits by seeds derived from `seed`, the first with each class in each part, else the last."""
+    for number in range(draws):
         splits = draw((seed + number * 1_000_003) % 2**32)
         if all(part.counts().all() for parts in splits for part in parts.values()):
             break
@@ -277,7 +286,9 @@ def _take_share(positions, share, targets, groups, seed):
             return positions, positions[:0]
         return np.sort(rest), np.sort(chosen)
     # as many folds as make up the share, or nearly
-    parts = Fraction(share).limit_denominator(MOST_FOLDS_A_SPLIT) or Fraction(1, round(1 / share))
+    parts = Fraction(share).limit_denominator(MOST_FOLDS_A_SPLIT)
+    if parts in (0, 1):
+        parts = abs(parts - Fraction(1, round(1 / min(share, 1 - share))))
     folds = _folds(positions, parts.denominator, targets, groups, seed)
     chosen = np.sort(np.concatenate(folds[: parts.numerator]))
     return np.setdiff1d(positions, chosen), chosen

@@ -155,7 +155,7 @@ def new_folder(folder, flag, numbered=False):
             break
         except FileExistsError as error:
             if not numbered:
-                raise UserError(f"{flag}: {folder} exists already; name a new folder, or --resume its run") from error
+                raise UserError(f"{flag}: {folder} exists already; name a new folder, or add --auto_resume") from error
         except OSError as error:
             raise UserError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
     with locked(folder):

@@ -37,7 +37,7 @@ NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb
 WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags whose work is done: the split is made, the training has begun, the best model so far was chosen
 FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights")
-FIXED_IN_TRAINING = ("best_metric", "group_regex")
+FIXED_IN_TRAINING = ("best_metric", "group_regex")  # the latter names persons in other images that are tested
 # flags that change nothing of what a run learns; nor do W&B's
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
@@ -309,7 +309,7 @@ def check_training_flags(args):
         raise UserError(f"--fold: {args.fold} goes with --folds K, and is from 0 to K - 1")
     if args.folds and args.fold is None:
         raise UserError("--folds: name the training with --fold I (without it, a new run trains them all)")
-    if args.folds and (args.val_dirs or args.test_dirs):
+    if args.folds and not args.eval_only and (args.val_dirs or args.test_dirs):
         raise UserError("--folds: makes the parts itself; leave out --val_dirs and --test_dirs")
     if args.use_augmentation and args.sampling != "instance":
         raise UserError(f"--sampling: {args.sampling} and --use_augmentation both oversample; leave one of them out")
@@ -330,12 +330,20 @@ def is_inside(path, folder):
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def parts_given_anew(args, former):
+    """-> which of val and test come from other folders than in the training, whose flags are `former`."""
+    return [part for part in ("val", "test") if getattr(args, f"{part}_dirs") != former[f"{part}_dirs"]]
+
+
 def check_resume_flags(args, checkpoint):
     if args.demo and not args.auto_resume:
         raise UserError("--demo: a run is resumed with its own data; leave out --demo")
     args.demo = False  # the data are drawn
     if (args.train_loss == "ldam") != (checkpoint["args"].get("train_loss") == "ldam"):
         raise UserError("--train_loss: ldam has a head of its own, to or from which a trained model cannot change")
-    for name in FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING:
+    fixed = FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING
+    if not parts_given_anew(args, checkpoint["args"]):
+        fixed += ("group_regex",)
+    for name in fixed:
         if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
             raise UserError(f"--{name}: stays what it was in a resumed run; leave this flag out, or start a new run")

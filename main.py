@@ -31,7 +31,6 @@ from dataset_double import (
     ClassSampler,
     DoubleSkinDataset,
     EpochSampler,
-    ImageIndex,
     check_doubles,
     check_every_class_in_every_part,
     check_every_folder_is_used,
@@ -55,10 +54,10 @@ from files import (
     write_json,
     write_predictions,
 )
-from flags import ORDER_FLAGS, WRITTEN_TO, first_look, is_inside, is_neutral, parse_args
+from flags import ORDER_FLAGS, WRITTEN_TO, first_look, is_inside, is_neutral, parse_args, parts_given_anew
 from image_cache import ImageCache, default_cache_dir, limit_image_size
 from leaks import check_groups, groups_of, warn_of_grouped_names, warn_of_near_duplicates
-from metrics import full_metrics, recalls, summary_metrics
+from metrics import RANKINGS, full_metrics, recalls, summary_metrics
 from model import Model, backbone_state_dict, checkpoint_bytes, load_checkpoint, read_weights, save_checkpoint
 from resnet_custom import imagenet_state_dict
 from resuming import (
@@ -73,6 +72,8 @@ from resuming import (
     settle_best_model,
 )
 from utils import CrossEntropy, build_loss, class_balanced_weights, effective_number
+
+FOLDS_BEGUN = "folds_begun.json"  # the flags and images of a cross-validation, in its folder
 
 
 def choose_device(name):
@@ -168,8 +169,7 @@ def data_to_evaluate(args, checkpoint):
 
     Where the test images come from elsewhere and the checkpoint's own data are not here, it is only those.
     """
-    former = checkpoint["args"]
-    given = [part for part in ("val", "test") if getattr(args, f"{part}_dirs") != former[f"{part}_dirs"]]
+    former, given = checkpoint["args"], parts_given_anew(args, checkpoint["args"])
     parts = {
         part: index_folders(getattr(args, f"{part}_dirs"), checkpoint["classes"], f"--{part}_dirs", allow_missing=True)
         for part in given
@@ -477,16 +477,23 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     -> (results, {part: probabilities (N, C)}).
     """
     classes, samples_per_cls = parts["test"].classes, checkpoint["samples_per_cls"]
+    persons = persons_of(parts, args, checkpoint["args"])
+    figures_of = {
+        part: functools.partial(
+            full_metrics, index.targets, classes=classes, samples_per_cls=samples_per_cls, ordinal=is_ordinal(args),
+            groups=persons[part],
+        )
+        for part, index in parts.items()
+    }  # fmt: skip
     results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
         loader = val_loader_for(index, args, engine.device)
         loss, probabilities[part], targets = engine.evaluate(loader, part)
-        results[part] = {"loss": loss, **figures_of(probabilities[part], index, args, checkpoint)}
+        results[part] = {"loss": loss, **figures_of[part](probabilities[part])}
         write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities[part], classes)
         if args.tta:
             loss, mirrored, _ = engine.evaluate(loader, f"{part}, mirrored", mirrored=True)
-            figures = {"loss": loss, **figures_of(mirrored, index, args, checkpoint)}
-            results.setdefault("tta", {})[part] = figures
+            results.setdefault("tta", {})[part] = {"loss": loss, **figures_of[part](mirrored)}
     fitted = checkpoint["posthoc"]
     if not fitted and "val" in parts:
         metric = checkpoint["best_metric_name"].removeprefix("val_")
@@ -496,7 +503,7 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
         for part, index in parts.items():
             adjusted = posthoc.adjust(probabilities[part], samples_per_cls, **fitted)
             loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
-            results["posthoc"][part] = {"loss": loss, **figures_of(adjusted, index, args, checkpoint)}
+            results["posthoc"][part] = {"loss": loss, **figures_of[part](adjusted)}
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
@@ -514,10 +521,16 @@ def evaluate_best(engine, parts, args, run_dir):
     return results, probabilities
 
 
-def figures_of(probabilities, index, args, checkpoint):
-    groups = groups_of(index.paths, args.group_regex) if args.group_regex else None
-    counts = checkpoint["samples_per_cls"]
-    return full_metrics(index.targets, probabilities, index.classes, counts, is_ordinal(args), groups)
+def persons_of(parts, args, former):
+    """-> {part: numbers of the persons (N,), or None}, by `--group_regex`: that of the training for its own images.
+
+    former: the flags of the training.
+    """
+    anew = parts_given_anew(args, former)
+    pattern_of = {part: args.group_regex if part in anew else former.get("group_regex") for part in parts}
+    return {
+        part: groups_of(index.paths, pattern_of[part]) if pattern_of[part] else None for part, index in parts.items()
+    }
 
 
 def is_ordinal(args):
@@ -678,15 +691,20 @@ def how_to_go_on(args, argv, signals):
 
 def run_folds(argv, first, signals):
     """Every fold as a run of its own in one folder, then mean and spread over them. -> exit status."""
+    if first.wandb_id or "WANDB_SWEEP_ID" in os.environ:
+        raise UserError(
+            "--folds: each fold is a W&B run of its own; leave out --wandb_id, and name one --fold in a sweep"
+        )
     with run_folder(first) as folder:
         args, _ = parse_args([*argv, "--fold", "0"], folder)
-        check_same_folds(folder, vars(args))
         again = shlex.join(["python", "main.py", *argv, "--run_dir", str(folder), "--auto_resume"])
         go_on = "; go on with the same command" if first.auto_resume else f"; go on with: {again}"
         run_dirs = [folder / f"fold_{fold}" for fold in range(first.folds)]
+        check_same_folds(folder / FOLDS_BEGUN, args)
         for fold, run_dir in enumerate(run_dirs):
             print(f"fold {fold} of {first.folds}")
-            own = ["--fold", str(fold), "--run_dir", str(run_dir), "--auto_resume"]
+            name = f"{first.wandb_name or folder.name}_fold_{fold}"
+            own = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
             if status := run([*argv, *own], signals, go_on):
                 return status
         spread, pooled = report.spread_over(run_dirs), pooled_figures(run_dirs, args)
@@ -697,25 +715,33 @@ def run_folds(argv, first, signals):
     return 0
 
 
-def check_same_folds(folder, flags):
-    """Raise UserError if the folds in `folder` were begun with other flags, which are in its `args.json`."""
-    path = folder / "args.json"
-    former = read_json(path) if path.exists() else flags
-    for name, value in flags.items():
-        if not is_neutral(name) and former.get(name) != value:
-            raise UserError(
-                f"--{name}: the folds in {folder} were begun with {former.get(name)}; give it as it was, or name "
-                "another --run_dir"
-            )
-    write_json(path, flags)
+def check_same_folds(path, args):
+    """Raise UserError if the folds were begun with other flags or images, which `path` keeps from the first time on."""
+    index = None if args.demo else index_folders(args.data_dirs)
+    now = {"flags": vars(args), "images": index and dict(zip(index.classes, index.counts().tolist(), strict=True))}
+    former = read_json(path) if path.exists() else now
+    for name, value in now["flags"].items():
+        was = former["flags"].get(name, value)
+        if not is_neutral(name) and was != value:
+            raise UserError(f"--{name}: the folds in {path.parent} were begun with {was}; name another --run_dir")
+    if former["images"] != now["images"]:
+        raise UserError(f"--data_dirs: the folds in {path.parent} were begun with other images; name another --run_dir")
+    write_json(path, former)
 
 
 def pooled_figures(run_dirs, args):
-    """The figures of the test images of all folds together; each image is tested in one."""
+    """The figures of the test images of all folds together, each tested in one; none that rank images by the
+    probabilities of several models."""
     results = read_json(run_dirs[0] / "results.json")
-    folds = [read_predictions(run_dir / "test_predictions.csv", results["classes"]) for run_dir in run_dirs]
+    classes = results["classes"]
+    folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
     paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
-    return figures_of(probabilities, ImageIndex(paths.tolist(), targets, results["classes"]), args, results)
+    persons = groups_of(paths.tolist(), args.group_regex) if args.group_regex else None
+    pooled = full_metrics(targets, probabilities, classes, results["samples_per_cls"], is_ordinal(args), persons)
+    for row in pooled["per_class"].values():
+        for name in RANKINGS:
+            del row[name], row[f"{name}_ci"]
+    return pooled
 
 
 def run(argv, signals, go_on=None):
@@ -728,6 +754,8 @@ def run(argv, signals, go_on=None):
         first = first_look(argv)
         if first.folds and first.fold is None and not first.resume:
             return run_folds(sys.argv[1:] if argv is None else argv, first, signals)
+        if first.run_dir and Path(first.run_dir, FOLDS_BEGUN).exists():
+            raise UserError(f"--run_dir: {first.run_dir} is the folder of a cross-validation; go on with its --folds")
         with run_folder(first) as run_dir:
             args, checkpoint = parse_args(argv, run_dir)
             limit_image_size(args.max_megapixels)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from joblib import cpu_count
-from scipy.stats import binomtest
+from scipy.stats import norm
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, recall_score
 
 RESAMPLES = 1000
@@ -72,13 +72,15 @@ def full_metrics(targets, probabilities, classes, samples_per_cls, ordinal=False
     """
     whole = Weighted(targets, probabilities, samples_per_cls, ordinal)
     estimate = whole.figures(np.ones((1, len(targets)), np.int32))
-    resampled = _resampled(
-        whole, Bootstrap(whole.targets, groups if groups is None else groups[whole.order]), resamples
-    )
+    groups = groups if groups is None else groups[whole.order]
+    resampled = _resampled(whole, Bootstrap(whole.targets, groups), resamples)
     # what is drawn from a sample is worse calibrated than the sample, as that is than the truth
     resampled["ece"] = np.maximum(0, resampled["ece"] - resampled["ece"].mean() + estimate["ece"])
     intervals = {name: np.percentile(values, INTERVAL, axis=0).T for name, values in resampled.items()}
-    intervals["recall"] = _widened(intervals["recall"], estimate["recall"][0], whole.support)
+    witnesses = whole.support
+    if groups is not None:
+        witnesses = [len(np.unique(groups[whole.targets == c])) for c in range(len(classes))]
+    intervals["recall"] = _widened(intervals["recall"], estimate["recall"][0], witnesses)
     results, per_class = {}, {str(name): {} for name in classes}
     for name, (values,) in estimate.items():
         if values.ndim == 0:
@@ -93,13 +95,17 @@ def full_metrics(targets, probabilities, classes, samples_per_cls, ordinal=False
     return {**results, "per_class": per_class, "confusion_matrix": whole.confusion_matrix().tolist()}
 
 
-def _widened(intervals, recall, support):
-    """Intervals of recall (C, 2), made to hold Wilson's: a bootstrap of 0 right ones of 8 would be sure of 0."""
-    widened = intervals.copy()
-    for i in np.flatnonzero(support):
-        wilson = binomtest(round(recall[i] * support[i]), support[i]).proportion_ci(method="wilson")
-        widened[i] = min(intervals[i, 0], wilson.low), max(intervals[i, 1], wilson.high)
-    return widened
+def _widened(intervals, recall, witnesses):
+    """Intervals of recall (C, 2), made to hold Wilson's (1927): a bootstrap of 0 right ones of 8 would be sure of 0.
+
+    witnesses: (C,) images, or persons, of each class.
+    """
+    n = np.maximum(witnesses, 1)
+    z = norm.ppf(INTERVAL[1] / 100)
+    middle = (recall + z**2 / (2 * n)) / (1 + z**2 / n)
+    side = z / (1 + z**2 / n) * np.sqrt(recall * (1 - recall) / n + z**2 / (4 * n**2))
+    low, high = np.maximum(0, middle - side), np.minimum(1, middle + side)
+    return np.stack([np.minimum(intervals[:, 0], low), np.maximum(intervals[:, 1], high)], axis=1)
 
 
 def _resampled(whole, bootstrap, resamples):

@@ -185,7 +185,10 @@ def print_spread(title, spread):
 
 
 def compare(run_dirs):
-    """Mean and spread over the seeds and folds of runs with the same flags, the best on validation images first."""
+    """Mean and spread over the seeds and folds of runs with the same flags, the best on validation images first.
+
+    Those that were not evaluated on validation images come last.
+    """
     groups = {}
     for run_dir in dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs):
         if not (run_dir / "results.json").exists():
@@ -203,8 +206,7 @@ def compare(run_dirs):
     for flags, members in zip(chosen, groups.values(), strict=True):
         title = " ".join(f"--{name} {flags.get(name)}" for name in differing)
         spreads.append((f"{title or members[0]} ({len(members)} runs)", spread_over(members)))
-    by_validation = "val_balanced_acc" if all("val_balanced_acc" in of for _, of in spreads) else "test_balanced_acc"
-    for title, spread in sorted(spreads, key=lambda one: -one[1][by_validation]["mean"]):
+    for title, spread in sorted(spreads, key=lambda one: -one[1].get("val_balanced_acc", {"mean": 0})["mean"]):
         print_spread(title, spread)
 
 

@@ -74,6 +74,19 @@ def test_the_same_images_or_persons_of_several_seeds_tell_no_more_than_those_of_
     assert six == pytest.approx(one, rel=0.1)
 
 
+def test_seeds_that_differ_widen_the_interval_as_the_t_test_has_it_but_for_its_quantile(tmp_path):
+    """Without noise of images the standard error is that of the mean over the seeds."""
+    targets, runs, rng = np.repeat([0, 1, 2], 4000), [], np.random.default_rng(0)
+    accuracies = (0.5, 0.6, 0.9, 0.7)
+    for seed, accuracy in enumerate(accuracies):
+        right = rng.random(len(targets)) < accuracy
+        probabilities = np.eye(3)[np.where(right, targets, (targets + 1) % 3)] * 0.9 + 0.03
+        runs.append(finished_run(tmp_path / f"{seed}", "a", seed, targets, probabilities))
+    (row, *_) = compare(read_runs(runs), "a")
+    standard_error = np.std(accuracies, ddof=1) / 2
+    assert np.ptp(row["balanced_acc_ci"]) == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
+
+
 def test_holm_corrects_for_the_number_of_tests():
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
 
@@ -123,6 +136,7 @@ def test_differences_are_paired_and_tested_against_the_baseline(tmp_path):
     assert strong["balanced_acc_difference_ci"][0] > 0.05 and strong["balanced_acc_p"] <= 8 / ablate.RESAMPLES
     means = [balanced_accuracy_score(*read_targets_and_predictions(run)) for run in runs if run.remedy == "strong"]
     assert strong["balanced_acc"] == pytest.approx(np.mean(means))
+    assert strong["balanced_acc_agreeing"] == 2
     assert strong["balanced_acc_std"] == pytest.approx(np.std(means, ddof=1))
     assert strong["minutes"] == 2.0 and list(strong["recalls"]) == ["c", "b", "a"]
     # tau 1 takes the shares out of the scores, which had none in them: the rare classes are overrated

@@ -100,7 +100,16 @@ def test_no_person_is_in_two_parts(tmp_path, capsys, thin_network):
     assert "--group_regex: stays what it was" in capsys.readouterr().err
     flags = ["--eval_only", "--resume", tmp_path / "run" / "best_model.pth"]
     assert run_main(*flags, "--run_dir", tmp_path / "persons") == 0
+    assert run_main(*flags, "--group_regex", "x", "--run_dir", tmp_path / "other") == 2
+    assert "--group_regex: stays what it was" in capsys.readouterr().err
+    # the persons of other images are read from their names, those of the own validation images as in the training
+    flags += ["--test_dirs", write_class_folders(tmp_path / "elsewhere", {"0": 9, "1": 9}, seed=7)]
+    assert run_main(*flags, "--run_dir", tmp_path / "other") == 2
+    assert "finds nobody in the name of" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert run_main(*flags, "--group_regex", r"^(\d)", "--run_dir", tmp_path / "one") == 0
     assert run_main(*flags, "--group_regex", "", "--run_dir", tmp_path / "images") == 0
-    persons, images = (json.loads((tmp_path / of / "results.json").read_text()) for of in ("persons", "images"))
-    assert persons["test"] == json.loads((tmp_path / "run" / "results.json").read_text())["test"]
-    assert persons["test"]["nll"] == images["test"]["nll"] and persons["test"]["nll_ci"] != images["test"]["nll_ci"]
+    run, persons, one, images = (
+        json.loads((tmp_path / of / "results.json").read_text()) for of in ("run", "persons", "one", "images")
+    )
+    assert persons["test"] == run["test"] and run["val"] == persons["val"] == one["val"] == images["val"]
+    assert one["test"]["nll"] == images["test"]["nll"] and one["test"]["nll_ci"] != images["test"]["nll_ci"]

@@ -129,6 +129,15 @@ def test_folds_are_trained_one_after_the_other_and_summed_up(data_dir, tmp_path,
     assert capsys.readouterr().out.count("finished before") == 3
     assert run_main(*flags, "--auto_resume", "--gamma", 1) == 2
     assert "--gamma: the folds in" in capsys.readouterr().err
+    assert run_main(*flags[:-4], "--run_dir", tmp_path / "cv", "--auto_resume") == 2
+    assert "is the folder of a cross-validation" in capsys.readouterr().err
+    other = write_class_folders(tmp_path / "other", {"0": 6, "2": 6, "10": 6})
+    best = tmp_path / "cv" / "fold_0" / "best_model.pth"
+    assert run_main("--eval_only", "--resume", best, "--test_dirs", other, "--run_dir", tmp_path / "eval") == 0
+    write_images(data_dir / "0", 1, suffix=".bmp")
+    assert run_main(*flags, "--auto_resume") == 2
+    assert "--data_dirs: the folds in" in capsys.readouterr().err
+    (data_dir / "0" / "000.bmp").unlink()
     runs = [str(tmp_path / "cv" / f"fold_{fold}") for fold in (0, 1, 2, 0)]  # one twice: it counts once
     assert report.main_report([*runs, str(tmp_path)]) == 0
     out = capsys.readouterr().out

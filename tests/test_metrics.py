@@ -154,6 +154,12 @@ def test_no_interval_is_sure_of_a_recall_of_nothing():
     assert figures["per_class"]["a"]["recall_ci"][0] == pytest.approx(50 / (50 + 1.96**2), abs=1e-3)
 
 
+def test_of_persons_an_interval_of_recall_is_as_wide_as_of_so_many_images():
+    targets, groups = np.repeat([0, 1], [50, 40]), np.r_[np.arange(50), 50 + np.arange(40) // 20]
+    figures = full_metrics(targets, one_hot([0] * 90, 2), "ab", [9, 9], groups=groups, resamples=50)
+    assert figures["per_class"]["b"]["recall_ci"] == [0, pytest.approx(1.96**2 / (2 + 1.96**2), abs=1e-3)]
+
+
 def test_the_calibration_error_lies_in_its_interval():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet([1, 1, 1], 800)
