@@ -477,23 +477,21 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
     -> (results, {part: probabilities (N, C)}).
     """
     classes, samples_per_cls = parts["test"].classes, checkpoint["samples_per_cls"]
-    persons = persons_of(parts, args, checkpoint["args"])
-    figures_of = {
-        part: functools.partial(
-            full_metrics, index.targets, classes=classes, samples_per_cls=samples_per_cls, ordinal=is_ordinal(args),
-            groups=persons[part],
-        )
-        for part, index in parts.items()
-    }  # fmt: skip
+    persons, ordinal = persons_of(parts, args, checkpoint["args"]), is_ordinal(args)
+
+    def figures(part, loss, given):
+        of = full_metrics(parts[part].targets, given, classes, samples_per_cls, ordinal, persons[part])
+        return {"loss": loss, **of}
+
     results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
     for part, index in parts.items():
         loader = val_loader_for(index, args, engine.device)
         loss, probabilities[part], targets = engine.evaluate(loader, part)
-        results[part] = {"loss": loss, **figures_of[part](probabilities[part])}
+        results[part] = figures(part, loss, probabilities[part])
         write_predictions(run_dir / f"{part}_predictions.csv", index.paths, targets, probabilities[part], classes)
         if args.tta:
             loss, mirrored, _ = engine.evaluate(loader, f"{part}, mirrored", mirrored=True)
-            results.setdefault("tta", {})[part] = {"loss": loss, **figures_of[part](mirrored)}
+            results.setdefault("tta", {})[part] = figures(part, loss, mirrored)
     fitted = checkpoint["posthoc"]
     if not fitted and "val" in parts:
         metric = checkpoint["best_metric_name"].removeprefix("val_")
@@ -503,7 +501,7 @@ def evaluate_parts(engine, parts, args, run_dir, checkpoint):
         for part, index in parts.items():
             adjusted = posthoc.adjust(probabilities[part], samples_per_cls, **fitted)
             loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
-            results["posthoc"][part] = {"loss": loss, **figures_of[part](adjusted)}
+            results["posthoc"][part] = figures(part, loss, adjusted)
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     report.plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
