@@ -420,7 +420,7 @@ def restore(engine, checkpoint, args, stages, run_dir):
 def does_not_fit(path, error):
     """-> UserError. error: of `load_state_dict`, whose first line says nothing of what does not fit."""
     reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return UserError(f"--resume: {path} is no checkpoint of this network: {reason[:300]}")
+    return UserError(f"--resume: {path} does not fit this network: {reason[:300]}")
 
 
 def train_and_validate(engine, stage, val_loader, figures, args, keeper):

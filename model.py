@@ -186,6 +186,8 @@ def _load_file(path, flag):
         changed = zipfile.is_zipfile(path) and _first_changed_record(path)
         content = None if changed else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a place to read from that no file can have
+            raise Damaged(f"{flag}: {path} is damaged: its directory is not what was written") from error
         kind = Damaged if error.errno == errno.EIO else UserError
         raise kind(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the reader of pickles raises nearly anything on a file that is none

@@ -444,8 +444,8 @@ def test_any_changed_byte_is_noticed_or_does_no_harm(tmp_path, finished_run):
     write_checkpoint(tmp_path / "whole.pth", small)
     whole = (tmp_path / "whole.pth").read_bytes()
     generator, noticed = random.Random(0), 0
-    for _ in range(200):
-        position = generator.randrange(len(whole))
+    for number in range(300):
+        position = generator.randrange(len(whole)) if number < 200 else len(whole) - 1 - number % 100  # the directory
         changed = bytearray(whole)
         changed[position] ^= 1 << generator.randrange(8)
         (tmp_path / "changed.pth").write_bytes(changed)
