@@ -550,6 +550,15 @@ def print_results(results, run_dir):
     print(f"results lie in {run_dir}")
 
 
+def warn_of_early_best(best_epoch, stages):
+    """A line if the model that is kept is one from before the last of the stages."""
+    if best_epoch < stages[-1].start:
+        print(
+            f"warning: the best epoch, {best_epoch}, is one before --drw_epoch / --crt_epochs take effect, in epoch "
+            f"{stages[-1].start}: the model that is kept and tested has not seen them"
+        )
+
+
 def print_figures(title, figures):
     words = []
     for name, word in (("balanced_acc", "balanced accuracy"), ("macro_f1", "macro F1"), ("acc", "accuracy")):
@@ -621,11 +630,7 @@ def train(args, checkpoint, device, run_dir, signals):
         run.log_results(progress, results, parts["test"], probabilities["test"], run_dir / BEST)
     # the last file: the run is finished
     write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})
-    if results["best_epoch"] < stages[-1].start:
-        print(
-            f"warning: the best epoch, {results['best_epoch']}, is one before --drw_epoch / --crt_epochs take effect, "
-            f"in epoch {stages[-1].start}: the model that is kept and tested has not seen them"
-        )
+    warn_of_early_best(results["best_epoch"], stages)
     print_results(results, run_dir)
 
 
