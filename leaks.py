@@ -28,11 +28,13 @@ FEWEST_GROUPS = 10
 
 
 def groups_of(paths, pattern):
-    """`--group_regex`: which images are of one person. -> (N,) int64, numbers of the groups.
+    """`--group_regex`: which images are of one person. -> (N,) int64, numbers of the groups; None without a pattern.
 
     The group is what the first parenthesis of `pattern` (or, without any, the whole of it) matches in the file name.
     Raises UserError, naming the first file, if one does not match.
     """
+    if not pattern:
+        return None
     return np.unique(group_names(paths, pattern), return_inverse=True)[1].astype(np.int64)
 
 

@@ -119,7 +119,7 @@ def split_data(args):
     check_doubles(every_path, "--data_dirs / --val_dirs / --test_dirs")
     whole = read_all({"data": index, **separate}, image_cache(args), args.skip_broken)
     index = whole.pop("data")
-    groups = groups_of(index.paths, args.group_regex) if args.group_regex else None
+    groups = groups_of(index.paths, args.group_regex)
     if args.folds:
         splits = fold_splits(index, args.folds, args.split, args.seed, groups)
         for parts in splits:  # all, so that the last is not refused after days
@@ -526,9 +526,7 @@ def persons_of(parts, args, former):
     """
     anew = parts_given_anew(args, former)
     pattern_of = {part: args.group_regex if part in anew else former.get("group_regex") for part in parts}
-    return {
-        part: groups_of(index.paths, pattern_of[part]) if pattern_of[part] else None for part, index in parts.items()
-    }
+    return {part: groups_of(index.paths, pattern_of[part]) for part, index in parts.items()}
 
 
 def is_ordinal(args):
@@ -739,7 +737,7 @@ def pooled_figures(run_dirs, args):
     classes = results["classes"]
     folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
     paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
-    persons = groups_of(paths.tolist(), args.group_regex) if args.group_regex else None
+    persons = groups_of(paths.tolist(), args.group_regex)
     pooled = full_metrics(targets, probabilities, classes, results["samples_per_cls"], is_ordinal(args), persons)
     for row in pooled["per_class"].values():
         for name in RANKINGS:
