@@ -1,15 +1,20 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test quick lint clean
 
 demo: .venv/installed
 	$(VENV_PYTHON) main.py --demo
 
-test: .venv/installed-dev
+test: lint
+	$(VENV_PYTHON) -m pytest
+
+quick: lint
+	$(VENV_PYTHON) -m pytest tests/unit
+
+lint: .venv/installed-dev
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
-	$(VENV_PYTHON) -m pytest
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

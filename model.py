@@ -1,69 +1,67 @@
-"""The classifier, and writing and reading its checkpoints."""
+"""The classifier and its checkpoints."""
 
-import errno
+import argparse
 import io
-import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_custom
-from files import Damaged, UserError, atomic_write
+from flags import SPLITS
+from run.cli import UserError
+from run.files import write_bytes
+from run.torch_file import read_torch_file
 from utils import LDAM_SCALE
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-BATCH_COUNT = ".num_batches_tracked"  # of batch norm; torchvision's older files do without
-
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH_COUNT = ".num_batches_tracked"  # of batch norm; older files of torchvision lack it
 CHECKPOINT_TYPES = {
     "epoch": int,  # the last finished one, -1 for none
-    "position": (dict, type(None)),  # in the epoch after it, as `RunningFigures.position`; None: between two epochs
-    "model_state_dict": dict,  # what was validated: with --ema the averaged weights
-    "raw_state_dict": dict,  # with --ema those that are trained, else empty
-    "averaged_steps": int,  # with --ema, over which the average goes
+    "position": (dict, type(None)),  # in the epoch after it, as `RunningMetrics.position`; None: between two epochs
+    "model_state_dict": dict,  # the validated weights: with --ema the averaged ones
+    "raw_state_dict": dict,  # with --ema the weights in training, else empty
+    "averaged_steps": int,  # with --ema, the number of averaged steps
     "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
-    "posthoc": (dict, type(None)),  # tau and temperature, fitted when the training has ended
+    "posthoc": (dict, type(None)),  # tau and temperature, fitted at the end of the training
     "best_metric": float, "best_metric_name": str, "best_epoch": int,
     "history": list,  # the rows of history.csv
     "classes": list, "samples_per_cls": list, "args": dict, "wandb_id": (str, type(None)),
-    "splits": dict,  # {part: [path]}
-    "file_sizes": dict,  # {part: (N,) int64 tensor}, bytes
+    "splits": dict, "file_sizes": dict,  # {split: [N paths]}, {split: (N,) int64 tensor of bytes}
     "rng_state": dict,
 }  # fmt: skip
 
 
 class CosineHead(nn.Module):
-    """Logits: `scale` times the cosine between an image's features and each class's weights (Cao et al. 2019, app. C).
+    """Logits: LDAM_SCALE times the cosine of an image's features and each class's weights (Cao et al. 2019, app. C).
 
-    features: (N, num_features) -> (N, num_classes) float32. A long weight vector, as large classes grow, has no
-    advantage.
+    features: (N, num_features) -> (N, num_classes) float32. Large classes tend to get long weight vectors; here length
+    gives no advantage.
     """
 
-    def __init__(self, num_features, num_classes, scale=LDAM_SCALE):
+    def __init__(self, num_features: int, num_classes: int):
         super().__init__()
-        self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_classes, num_features))
         self.reset_parameters()
 
     def reset_parameters(self):
-        # of length 1: Adam's steps have one size, by which a long vector would hardly turn
+        # of length 1: Adam's steps have a fixed size, which would hardly turn a long vector
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, features):
-        with torch.autocast(features.device.type, enabled=False):  # a cosine has no digits to lose
-            return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # a cosine needs all its digits
+            return LDAM_SCALE * F.linear(F.normalize(features.float()), F.normalize(self.weight))
 
 
 class Model(nn.Module):
-    """ResNet-50 with last-stage stride 1 -> dropout -> linear head.
+    """ResNet-50 with last-stage stride 1 -> dropout -> linear head, or `CosineHead`.
 
-    images: (N, 3, H, W), uint8 RGB as decoded (normalised here, on the model's own device, so that nobody can forget
-    to) or float already normalised by the ImageNet mean and standard deviation -> logits: (N, num_classes)
+    images: (N, 3, H, W), either uint8 RGB, which the model normalizes itself, or float, already normalized by the
+    ImageNet mean and standard deviation -> logits: (N, num_classes).
     """
 
-    def __init__(self, num_classes, dropout_prob=0.3, cosine_head=False):
+    def __init__(self, num_classes: int, dropout_prob: float = 0.3, cosine_head: bool = False):
         super().__init__()
         self.backbone = resnet_custom.resnet50()
         num_features = self.backbone.fc.in_features
@@ -76,49 +74,56 @@ class Model(nn.Module):
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
-    def normalise(self, images):
+    def normalize(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> float32."""
         return torch.addcmul(self.shift, images.float(), self.scale)  # one pass over the memory
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
-            images = self.normalise(images)
+            images = self.normalize(images)
         return self.head(self.dropout(self.backbone(images)))
 
     def freeze_backbone(self):
-        """From now on its weights get no gradients, and its batch norm does as in evaluation."""
+        """From now on the backbone gets no gradients, and its batch norm stays in evaluation mode."""
         self.backbone.requires_grad_(False).eval()
         self.is_backbone_frozen = True
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Model":
         super().train(mode)
         if self.is_backbone_frozen:
             self.backbone.eval()
         return self
 
-    def load_initial_weights(self, state_dict, classes=None, own_classes=None):
-        """Start from `state_dict` (see `read_weights`), with its head where it is alike and knows the same classes."""
-        own_head = {f"head.{name}" for name in self.head.state_dict()}
-        same_head = own_head == {name for name in state_dict if name.startswith("head.")}
-        use_head = classes is not None and list(classes) == list(own_classes) and same_head
+    def load_initial_weights(self, state_dict: dict, weight_classes: list[str] | None, classes: list[str]):
+        """Start from what `read_weights` returned. The head is loaded only if it is of this kind, for these classes."""
+        head = {f"head.{name}" for name in self.head.state_dict()}
+        use_head = weight_classes == classes and head == {name for name in state_dict if name.startswith("head.")}
         chosen = {name: value for name, value in state_dict.items() if use_head or name.startswith("backbone.")}
         missing, unexpected = self.load_state_dict(chosen, strict=False)
-        missing = {name for name in missing if not name.startswith("head.") and not name.endswith(BATCH_COUNT)}
+        missing = [name for name in missing if not name.startswith("head.") and not name.endswith(BATCH_COUNT)]
         assert not unexpected and not missing, (missing, unexpected)
 
 
-def backbone_state_dict(torchvision_state_dict):
-    """Rename torchvision's ResNet-50 weights to ours and leave its head out."""
+def backbone_state_dict(torchvision_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of torchvision's ResNet-50 to those of `Model`, without the head."""
     return {f"backbone.{k}": v for k, v in torchvision_state_dict.items() if not k.startswith("fc.")}
 
 
-def read_weights(path):
-    """Initial weights from a local file -> (state dict in our names, its classes or None).
+def initial_weights(args: argparse.Namespace) -> tuple[dict[str, Tensor], list[str] | None] | None:
+    """-> (state dict, its classes or None) of `--weights` or `--pretrained`, None for random weights."""
+    if args.weights:
+        return read_weights(args.weights)
+    if args.pretrained:
+        return backbone_state_dict(resnet_custom.imagenet_state_dict()), None
+    return None
 
-    `path`: a state dict of torchvision's ResNet-50, or one of our checkpoints.
-    Raises UserError for anything else.
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Initial weights from a local file. -> (state dict with the names of `Model`, its classes or None).
+
+    path: a state dict of torchvision's ResNet-50, or a checkpoint of this project. Raises UserError for anything else.
     """
-    content = _load_file(path, "--weights")
+    content = read_torch_file(path, "--weights")
     if isinstance(content, dict) and "model_state_dict" in content:
         state_dict, classes = content["model_state_dict"], content.get("classes")
     elif isinstance(content, dict) and "conv1.weight" in content:
@@ -128,14 +133,12 @@ def read_weights(path):
     with torch.device("meta"):
         expected = backbone_state_dict(resnet_custom.resnet50().state_dict())
     for name, tensor in expected.items():
-        if name.endswith(BATCH_COUNT):
-            continue
-        if name not in state_dict or state_dict[name].shape != tensor.shape:
-            raise UserError(f"--weights: {path} does not hold a ResNet-50: {name} is missing or of another shape")
+        if not name.endswith(BATCH_COUNT) and (name not in state_dict or state_dict[name].shape != tensor.shape):
+            raise UserError(f"--weights: {path} does not hold a ResNet-50: {name} is missing or has another shape")
     return state_dict, classes
 
 
-def checkpoint_bytes(checkpoint):
+def checkpoint_bytes(checkpoint: dict) -> bytes:
     """`checkpoint`, a dict with the keys of CHECKPOINT_TYPES, as the bytes of its file."""
     assert set(checkpoint) == set(CHECKPOINT_TYPES)
     buffer = io.BytesIO()  # torch.save to a file would hide why a disk refused it
@@ -143,26 +146,16 @@ def checkpoint_bytes(checkpoint):
     return buffer.getbuffer()
 
 
-def save_checkpoint(path, content, former=None):
-    """Write `checkpoint_bytes` so that a crash leaves the former file or the whole new one. Raises OSError.
-
-    former: a name that the former file is kept under.
-    """
-    with atomic_write(path, "wb", former) as file:
-        file.write(content)
+def save_checkpoint(path: str | Path, content: bytes):
+    """Write `checkpoint_bytes`. A crash at any moment leaves the previous file or the new one. Raises OSError."""
+    write_bytes(path, content)
 
 
-def load_checkpoint(path, flag="--resume"):
-    """Read a checkpoint onto the CPU without running code from it.
-
-    Raises UserError if it is not whole, not as it was written, or not ours.
-    """
-    checkpoint = _load_file(path, flag)
-    wrong = _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {})
-    if wrong:
-        raise UserError(
-            f"{flag}: {path} is not a checkpoint of this version of the project (its {wrong!r} is missing or wrong)"
-        )
+def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict:
+    """Raises Damaged if the file is not as it was written, UserError if it cannot be read or is not a checkpoint."""
+    checkpoint = read_torch_file(path, flag)
+    if key := _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {}):
+        raise UserError(f"{flag}: {path} is not a checkpoint of this version: its {key!r} is missing or invalid")
     return checkpoint
 
 
@@ -174,32 +167,14 @@ def _first_wrong_key(checkpoint):
         return "classes"
     if not {"cpu", "cuda"} <= checkpoint["rng_state"].keys():
         return "rng_state"
-    for part in ("train", "val", "test"):
-        paths, sizes = (checkpoint[key].get(part) for key in ("splits", "file_sizes"))
-        if not isinstance(paths, list) or not isinstance(sizes, torch.Tensor) or len(paths) != len(sizes):
+    for split in SPLITS:
+        paths, sizes = (checkpoint[key].get(split) for key in ("splits", "file_sizes"))
+        if not isinstance(paths, list) or not isinstance(sizes, Tensor) or len(paths) != len(sizes):
             return "splits"
     return None
 
 
-def _load_file(path, flag):
-    try:
-        changed = zipfile.is_zipfile(path) and _first_changed_record(path)
-        content = None if changed else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # a place to read from that no file can have
-            raise Damaged(f"{flag}: {path} is damaged: its directory is not what was written") from error
-        kind = Damaged if error.errno == errno.EIO else UserError
-        raise kind(f"{flag}: {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # the reader of pickles raises nearly anything on a file that is none
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise UserError(f"{flag}: there is too little memory to read {path}") from error
-        raise Damaged(f"{flag}: {path} is damaged, cut short, or not a file of PyTorch weights") from error
-    if changed:
-        raise Damaged(f"{flag}: {path} is damaged: {changed} in it is not what was written")
-    return content
-
-
-def _first_changed_record(path):
-    """-> the name of a record that its CRC-32 does not fit, which torch.load does not look at, or None."""
-    with zipfile.ZipFile(path) as file:
-        return file.testzip()
+def weights_do_not_fit(path: str | Path, error: Exception) -> UserError:
+    """error: of a `load_state_dict`, whose first line does not say what does not fit."""
+    reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return UserError(f"--resume: {path} does not fit this network: {reason[:300]}")

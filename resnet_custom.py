@@ -1,4 +1,4 @@
-"""ResNet-50 with stride 1 in its last stage, built on torchvision's own, and its ImageNet weights."""
+"""torchvision's ResNet-50 with stride 1 in its last stage, and its ImageNet weights."""
 
 import os
 import pickle
@@ -8,18 +8,18 @@ import urllib.error
 import torch
 import torchvision
 
-from files import UserError
+from run.cli import UserError
 
 IMAGENET_WEIGHTS = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
 DOWNLOAD_TIMEOUT_S = 15
 
 
-def resnet50(last_stride=1):
-    """torchvision's ResNet-50 (He et al. 2016) whose last stage keeps the resolution of the one before.
+def resnet50(last_stride: int = 1) -> torchvision.models.ResNet:
+    """torchvision's ResNet-50 (He et al. 2016) whose last stage keeps the resolution of the stage before it.
 
-    At `last_stride=1` an image of 224 x 224 px gives features of 14 x 14 x 2048 instead of 7 x 7 x 2048: four times
-    as many places at which a fine wrinkle can be seen, with the same parameters under the same names. (The same
-    change is known as "last stride 1" from Luo et al. 2019.) `last_stride=2` is torchvision's network, bit for bit.
+    With `last_stride=1`, an image of 224 x 224 px gives features of 14 x 14 x 2048 instead of 7 x 7 x 2048: four times
+    as many positions to see a fine wrinkle at, with the same parameters under the same names (known as "last stride 1",
+    Luo et al. 2019). `last_stride=2` is torchvision's network, bit for bit.
     """
     network = torchvision.models.resnet50(weights=None)
     first_block = network.layer4[0]
@@ -27,22 +27,20 @@ def resnet50(last_stride=1):
     return network
 
 
-def imagenet_state_dict():
-    """torchvision's ImageNet weights: from its cache where they lie there, else downloaded.
+def imagenet_state_dict() -> dict[str, torch.Tensor]:
+    """torchvision's ImageNet weights, from its cache or else downloaded.
 
-    Raises UserError, within seconds, where there is neither file nor network.
+    Raises UserError, within seconds, if there is neither the file nor a network.
     """
-    file_name = os.path.basename(IMAGENET_WEIGHTS.url)
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", file_name)
-    former_timeout = socket.getdefaulttimeout()
-    # torch.hub opens the address without a timeout: behind a silent firewall it would wait for minutes
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(IMAGENET_WEIGHTS.url))
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none: behind a silent firewall it waits for minutes
     try:
         return IMAGENET_WEIGHTS.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"--pretrained: the ImageNet weights are neither at {cached} nor to be downloaded ({error}); "
-            f"fetch {IMAGENET_WEIGHTS.url} on another machine and give it with --weights FILE, or use --no-pretrained"
+            f"--pretrained: the ImageNet weights are not at {cached} and cannot be downloaded ({error}); download "
+            f"{IMAGENET_WEIGHTS.url} on another machine and pass it with --weights FILE, or use --no-pretrained"
         ) from error
     finally:
-        socket.setdefaulttimeout(former_timeout)
+        socket.setdefaulttimeout(previous_timeout)

@@ -1,41 +1,54 @@
-"""The Weights & Biases run: start it, resume it by id, go on offline where there is no server, log to it."""
+"""The Weights & Biases run: started, resumed by its id, offline where there is no server, and logged to."""
 
+import argparse
 import os
 import shlex
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from files import UserError, first_line
-from image_cache import read_image
-from metrics import precision_recall_points
-from resuming import Stopped
+from images.decode import read_image
+from images.folders import ImageIndex
+from run.cli import UserError, first_line
+from run.signals import Stopped
 
 INIT_TIMEOUT_S = 60
-FINISH_TIMEOUT_S = 120  # for what is left to upload at the end; a server that is gone holds nobody up
+FINISH_TIMEOUT_S = 120  # for uploads that remain at the end; a server that is gone delays nobody for longer
 SWEEP_TIMEOUT_S = 10
 TABLE_IMAGE_SIZE = 224  # pixels
-MODES = ("online", "offline", "disabled")
+PR_POINTS = 51  # per curve
 
 
-class Run:
-    """A W&B run as a context: closed as finished, or as failed when the training raises. Under `disabled`, nothing.
+class WandbRun:
+    """A W&B run as a context: marked as finished at its end, or as failed if the training raises.
 
-    Without an account, a key, a network or an answer it goes on offline, and one line says how to upload it later.
+    With `--wandb_mode disabled` it does nothing. Without an account, a key, a network or an answer it falls back to
+    offline, and one line says how to upload it later.
     """
 
-    def __init__(self, args, run_dir, checkpoint, samples_per_cls):
-        """args: main.py's flags. checkpoint: the resumed one or None. samples_per_cls: {class: training images}."""
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        run_dir: str | Path,
+        checkpoint: Mapping[str, Any] | None,
+        samples_per_cls: Mapping[str, int],
+    ):
+        """args: flags of main.py; checkpoint: of the resumed run, or None; samples_per_cls: {class: training images}.
+
+        Raises UserError for flags or environment variables that W&B does not accept.
+        """
         self.id = args.wandb_id or (checkpoint and checkpoint["wandb_id"])
         self._num_images, self._with_artifact = args.wandb_images, args.wandb_artifact
         self._run, self._has_failed = None, False
         if args.wandb_mode == "disabled":
             if args.wandb_id:
-                print("W&B: disabled; --wandb_id is only kept in the checkpoints (to log, add --wandb_mode online)")
+                print("W&B: disabled; --wandb_id is only stored in the checkpoints (to log, add --wandb_mode online)")
             return
-        import wandb  # here, since a run without W&B need not have it
+        import wandb  # here: a run without W&B does not need it
 
         self._wandb = wandb
         folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or run_dir)
@@ -47,7 +60,7 @@ class Run:
             "config": {**vars(args), "samples_per_cls": samples_per_cls},
             "settings": self._settings(),
         }
-        if "WANDB_SWEEP_ID" not in os.environ:  # else the agent sets both
+        if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep the agent sets both
             arguments |= {"project": args.wandb_project, "id": self.id}
         try:
             self._run = self._start(args.wandb_mode, arguments)
@@ -56,7 +69,7 @@ class Run:
             raise UserError(f"{flag}: {first_line(error)}") from error
         self.id = self._run.id
         with self._never_stopping_the_training():
-            # every figure is drawn over the epoch, so that a resumed run goes on as one line
+            # the epoch is the x axis of all charts, so that a resumed run continues its line
             self._run.define_metric("epoch")
             self._run.define_metric("*", step_metric="epoch")
 
@@ -81,13 +94,13 @@ class Run:
                 arguments["resume"] = "allow"
             run = self._wandb.init(mode="offline", **arguments)
             why = f" ({why_offline})" if why_offline else ""
-            print(f"W&B: offline{why}; the command that uploads it later comes at the end")
+            print(f"W&B: offline{why}; the command to upload it is printed at the end")
         else:
             print(f"W&B: {run.url}")
         return run
 
     def _start_online(self, arguments):
-        """-> (run, None), or (None, why there is none)."""
+        """-> (run, None), or (None, reason)."""
         wandb = self._wandb
         try:
             if not wandb.login(prompt=False, verify=True):
@@ -99,62 +112,71 @@ class Run:
         except wandb.errors.UsageError:
             raise
         except wandb.errors.Error as error:
-            wandb.teardown()  # else the id of the run that did not start counts as taken
+            wandb.teardown()  # otherwise the id of the run that did not start counts as taken
             return None, first_line(error)
 
     @contextmanager
     def _never_stopping_the_training(self):
-        """What goes wrong with W&B now, as when its process is killed, is said once, and nothing more is logged."""
+        """An error of W&B, for example when its process is killed, is reported once, and nothing more is logged."""
         try:
             yield
         except Exception as error:  # of sockets, of the client, of its server
-            print(f"warning: W&B has failed ({first_line(error) or type(error).__name__}); going on without it")
+            print(f"warning: W&B has failed ({first_line(error) or type(error).__name__}); continuing without it")
             self._has_failed = True
 
     def catch_up(self, progress):
-        """Log the epochs that are saved but are not there, as the run was broken off, or is new on this server.
+        """Log the epochs that are saved but not logged, because the run was interrupted or is new on this server.
 
-        Offline nobody knows what is there: all are logged, so that the last part of the run has everything.
+        progress: `Progress`. Offline, what the server has is unknown: all epochs are logged, so that the last segment
+        of the run is complete.
         """
-        if self._is_at_work():
+        if self._is_active():
             last = self._run.summary.get("epoch", -1) if self._run.resumed else -1
-            if self._run.offline and self._parts("run"):
-                last = progress.epoch  # online before: the server has them
+            if self._run.offline and self._segments("run"):
+                last = progress.epoch  # it was online before: the server has them
             for row in progress.history:
                 if row["epoch"] > last:
                     self.log_epoch(row, progress)
 
-    def _parts(self, kind):
-        """Folders of this run: "run" for those online, "offline-run"."""
+    def _segments(self, kind):
+        """Folders that W&B wrote for this run, one per start. kind: "run" (online) or "offline-run"."""
         return sorted(Path(self._run.dir).parent.parent.glob(f"{kind}-*-{self.id}"))
 
-    def log_epoch(self, row, progress):
-        """row: the epoch's row of `history.csv`, with {class: recall} as `val_recall`."""
-        if self._is_at_work():
+    def log_epoch(self, row: Mapping[str, Any], progress):
+        """row: of the epoch in `history.csv`, with {class: recall} as `val_recall`; progress: `Progress`."""
+        if self._is_active():
             with self._never_stopping_the_training():
                 best = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
                 self._run.log({**_flat(row), **best})
                 self._summarise_best_epoch(progress)
 
     def _summarise_best_epoch(self, progress):
-        """The best epoch's figures, not the last one's, are what a sweep compares, also of a trial that is stopped."""
+        """A sweep compares the metrics of the best epoch, not of the last one, also for a trial that is stopped."""
         best_row = progress.best_row()
         if best_row:
             self._run.summary.update({name: value for name, value in _flat(best_row).items() if name != "epoch"})
 
-    def log_results(self, progress, results, test, probabilities, best_model):
-        """Test figures into the summary; confusion matrix, PR curves; worst mistakes and the model where asked for.
+    def log_results(
+        self,
+        progress,
+        results: Mapping[str, Any],
+        test: ImageIndex,
+        probabilities: np.ndarray,
+        best_model: str | Path,
+    ):
+        """Log test metrics, confusion matrix and PR curves; with their flags, the worst mistakes and the best model.
 
-        test: ImageIndex of N images; probabilities: (N, C); best_model: path of the checkpoint.
+        progress: `Progress`; results: as in `results.json`; test: N images; probabilities: (N, C); best_model: path of
+        the checkpoint.
         """
-        if self._is_at_work():
+        if self._is_active():
             with self._never_stopping_the_training():
                 self._log_results(progress, results, test, probabilities)
                 if self._num_images:
                     self._run.log({"test_worst_mistakes": self._worst_mistakes(test, probabilities)})
                 if self._with_artifact:
-                    about = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
-                    artifact = self._wandb.Artifact(f"model-{self.id}", type="model", metadata=about)
+                    best = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
+                    artifact = self._wandb.Artifact(f"model-{self.id}", type="model", metadata=best)
                     artifact.add_file(str(best_model))
                     self._run.log_artifact(artifact, aliases=["best"])
 
@@ -166,28 +188,28 @@ class Run:
         )
         points = precision_recall_points(test.targets, probabilities, classes)
         curves = self._wandb.plot_table(
-            "wandb/area-under-curve/v0",  # W&B's own chart for these curves; its function for them needs pandas
+            "wandb/area-under-curve/v0",  # the chart of wandb.plot.pr_curve, which needs pandas
             self._wandb.Table(["class", "recall", "precision"], points),
             {"x": "recall", "y": "precision", "class": "class"},
             {"title": "test: precision and recall", "x-axis-title": "Recall", "y-axis-title": "Precision"},
         )
         self._run.log({"test_confusion_matrix": matrix, "test_pr_curves": curves})
         self._summarise_best_epoch(progress)
-        figures = results["test"]
-        adjusted = results["posthoc"]["test"]
+        metrics, adjusted = results["test"], results["posthoc"]["test"]
         for name in ("loss", "acc", "balanced_acc", "macro_f1"):
-            self._run.summary.update({f"test_{name}": figures[name], f"test_posthoc_{name}": adjusted[name]})
+            self._run.summary.update({f"test_{name}": metrics[name], f"test_posthoc_{name}": adjusted[name]})
 
     def _worst_mistakes(self, test, probabilities):
-        """A table of the images that the model was surest to know and did not."""
+        """A table of the wrongly predicted images whose label got the lowest probabilities."""
         predictions = np.argmax(probabilities, axis=1)
-        of_label = probabilities[np.arange(len(test)), test.targets]
+        label_probabilities = probabilities[np.arange(len(test)), test.targets]
         wrong = np.flatnonzero(predictions != test.targets)
         table = self._wandb.Table(["image", "path", "label", "prediction", "prob_label", "prob_prediction"])
-        for i in wrong[np.argsort(of_label[wrong], kind="stable")][: self._num_images]:
+        for i in wrong[np.argsort(label_probabilities[wrong], kind="stable")][: self._num_images]:
             image = self._wandb.Image(read_image(test.paths[i], TABLE_IMAGE_SIZE))
             label, prediction = test.classes[test.targets[i]], test.classes[predictions[i]]
-            table.add_data(image, test.paths[i], label, prediction, of_label[i], probabilities[i, predictions[i]])
+            of_label, of_prediction = label_probabilities[i], probabilities[i, predictions[i]]
+            table.add_data(image, test.paths[i], label, prediction, of_label, of_prediction)
         return table
 
     def __enter__(self):
@@ -195,31 +217,31 @@ class Run:
 
     def __exit__(self, error_type, error, traceback):
         if self._run:
-            in_a_sweep = "WANDB_SWEEP_ID" in os.environ and self._is_at_work()
+            in_a_sweep = "WANDB_SWEEP_ID" in os.environ and self._is_active()
             if in_a_sweep and isinstance(error, Stopped) and error.number == signal.SIGTERM:
                 with self._never_stopping_the_training():
-                    if not self._is_to_stop():
-                        self._run.mark_preempting()  # it is handed out again
+                    if not self._was_stopped_by_sweep():
+                        self._run.mark_preempting()  # the sweep hands it out again
             self._finish(error.status if isinstance(error, Stopped) else int(error is not None))
 
     def _finish(self, exit_code):
-        offline, folder, whole = self._run.offline, Path(self._run.dir).parent, True
+        offline, folder, is_complete = self._run.offline, Path(self._run.dir).parent, True
         try:
             self._run.finish(exit_code=exit_code)
-        except Exception:  # no answer in time, or no process of the client any more
-            whole = False
-            with suppress(Exception):  # else the client would complain again when Python ends
+        except Exception:  # no answer in time, or the process of the client is gone
+            is_complete = False
+            with suppress(Exception):  # otherwise the client would complain again when Python ends
                 self._wandb.teardown()
-        if offline or not whole:
-            why = "to upload it" if offline else "not all was uploaded; to do it later"
-            print(f"W&B: {why}: wandb login && {shlex.join(['wandb', 'sync', str(folder)])}")
+        if offline or not is_complete:
+            what = "to upload this run" if offline else "not everything was uploaded; to upload the rest"
+            print(f"W&B: {what}: wandb login && {shlex.join(['wandb', 'sync', str(folder)])}")
 
-    def _is_at_work(self):
+    def _is_active(self):
         return self._run and not self._has_failed
 
-    def _is_to_stop(self):
-        """Whether SIGTERM was the sweep's early termination: its server has noted that before the agent sends it."""
-        from wandb.apis.public.sweeps import _sweep_with_runs  # with which the client's own agent asks
+    def _was_stopped_by_sweep(self):
+        """Whether SIGTERM was the sweep's early termination, which its server records before the agent sends it."""
+        from wandb.apis.public.sweeps import _sweep_with_runs  # which the agent of the client uses
 
         sweep = _sweep_with_runs(
             self._wandb.Api(timeout=SWEEP_TIMEOUT_S),
@@ -232,16 +254,25 @@ class Run:
         return run["shouldStop"] or run["stopped"]
 
 
-def default_mode():
-    """`WANDB_MODE` where it is set, else online (which goes on offline by itself)."""
-    mode = os.environ.get("WANDB_MODE") or "online"
-    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    if mode not in MODES:
-        raise UserError(f"WANDB_MODE: {mode} is none of {', '.join(MODES)}")
-    return mode
+def precision_recall_points(
+    targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], points: int = PR_POINTS
+) -> list[tuple[str, float, float]]:
+    """One-against-rest curves of the classes that occur. -> [(class, recall, precision)], `points` rows per class.
+
+    targets: (N,) int; probabilities: (N, C). The precision at a recall is the best one at this recall or more.
+    """
+    from sklearn.metrics import precision_recall_curve  # here: a run without W&B does not need it
+
+    recalls = np.linspace(0, 1, points)
+    rows = []
+    for c in np.unique(targets):
+        precision, recall, _ = precision_recall_curve(targets == c, probabilities[:, c])
+        best = np.maximum.accumulate(precision)[np.searchsorted(-recall, -recalls, side="right") - 1]
+        rows += [(classes[c], float(x), float(y)) for x, y in zip(recalls, best, strict=True)]
+    return rows
 
 
 def _flat(row):
-    """A row of the history as W&B takes it: `val_recall/CLASS` for each class."""
+    """A row of the history as W&B expects it: with `val_recall/CLASS` for each class."""
     recalls = {f"val_recall/{name}": recall for name, recall in row["val_recall"].items()}
     return {name: value for name, value in row.items() if name != "val_recall"} | recalls

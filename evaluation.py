@@ -1,0 +1,243 @@
+"""The best model tested: metrics, predictions, test-time augmentation, and what is fitted after training."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset_double import eval_loader
+from engine import Engine, build_engine
+from flags import SPLITS, is_ordinal, replaced_splits
+from images.cache import open_cache, read_all
+from images.folders import ImageIndex, check_duplicates, index_folders
+from images.leakage import subject_ids
+from images.splits import find_images, paths_by_split
+from metrics import full_metrics, summary_metrics, with_interval
+from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
+from pages import plot_confusion_matrix, write_report
+from run.files import write_json, write_predictions
+from run.saver import BEST
+from schedule import build_criterion
+from utils import class_shares
+
+TAUS = np.arange(-40, 61) / 20
+TEMPERATURES = (0.25, 20.0)  # a validation without mistakes would have no best temperature
+TINY = np.finfo(np.float32).tiny  # what float32 rounds to 0 is the least likely class, not an impossible one
+
+
+# ---------------------------------------------------------------------------------------------------- the best model
+
+
+def evaluate_best(
+    engine: Engine,
+    splits: dict[str, ImageIndex],
+    args: argparse.Namespace,
+    outputs: Mapping[str, tuple] | None = None,
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Evaluate the best model of a finished training and store what is fitted after training in its checkpoint.
+
+    outputs: {split: (loss, probabilities, targets)} by `Engine.evaluate` of the best model, where they are known.
+    -> see `evaluate_splits`
+    """
+    run_dir = Path(args.run_dir)
+    best = load_checkpoint(run_dir / BEST)
+    engine.evaluated.load_state_dict(best["model_state_dict"])
+    evaluated = {split: splits[split] for split in ("val", "test")}
+    results, probabilities = evaluate_splits(engine, evaluated, args, best, outputs or {})
+    best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    save_checkpoint(run_dir / BEST, checkpoint_bytes(best))
+    return results, probabilities
+
+
+def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.device):
+    """`--eval_only`: evaluate the model of a checkpoint and write everything to the run folder."""
+    run_dir = Path(args.run_dir)
+    splits = splits_to_evaluate(args, checkpoint)
+    criterion = build_criterion(args, checkpoint["samples_per_cls"])
+    engine = build_engine(args, device, criterion, len(checkpoint["classes"]))
+    try:
+        engine.model.load_state_dict(checkpoint["model_state_dict"])
+    except RuntimeError as error:
+        raise weights_do_not_fit(args.resume, error) from error
+    write_json(run_dir / "args.json", vars(args))
+    write_json(run_dir / "splits.json", paths_by_split(splits))
+    results, _ = evaluate_splits(engine, splits, args, checkpoint, {})
+    write_report(run_dir, vars(args), results)
+    write_json(run_dir / "results.json", results)
+    print_results(results, run_dir)
+
+
+def evaluate_splits(
+    engine: Engine,
+    splits: dict[str, ImageIndex],
+    args: argparse.Namespace,
+    checkpoint: dict,
+    outputs: Mapping[str, tuple],
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Evaluate the model of `checkpoint`, which `engine` has, on each split; write predictions and confusion matrix.
+
+    What is fitted after training is taken from the checkpoint, or fitted on the validation images. outputs: see
+    `evaluate_best`. -> (content of results.json, {split: probabilities (N, C)})
+    """
+    run_dir, classes, samples_per_cls = Path(args.run_dir), splits["test"].classes, checkpoint["samples_per_cls"]
+    subjects, ordinal = subjects_by_split(splits, args, checkpoint["args"]), is_ordinal(args)
+
+    def split_metrics(split, loss, of_images):
+        targets = splits[split].targets
+        metrics = full_metrics(targets, of_images, classes, samples_per_cls, ordinal, subjects[split])
+        return {"loss": loss, **metrics}
+
+    results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
+    for split, index in splits.items():
+        loader = eval_loader(index, args, engine.device)
+        loss, probabilities[split], targets = outputs.get(split) or engine.evaluate(loader, split)
+        results[split] = split_metrics(split, loss, probabilities[split])
+        write_predictions(run_dir / f"{split}_predictions.csv", index.paths, targets, probabilities[split], classes)
+        if args.tta:
+            loss, mirrored, _ = engine.evaluate(loader, f"{split}, mirrored", mirrored=True)
+            results.setdefault("tta", {})[split] = split_metrics(split, loss, mirrored)
+    fitted = checkpoint["posthoc"]
+    if not fitted and "val" in splits:
+        metric = checkpoint["best_metric_name"].removeprefix("val_")
+        fitted = fit_posthoc(splits["val"].targets, probabilities["val"], samples_per_cls, metric)
+    if fitted:
+        results["posthoc"] = dict(fitted)
+        for split, index in splits.items():
+            adjusted = adjust(probabilities[split], samples_per_cls, **fitted)
+            loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
+            results["posthoc"][split] = split_metrics(split, loss, adjusted)
+    results |= {"classes": classes, "samples_per_cls": samples_per_cls}
+    title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
+    plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
+    return results, probabilities
+
+
+# --------------------------------------------------------------------------------------------------------- the images
+
+
+def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, ImageIndex]:
+    """-> val and test, from other folders where they are given, else those of the checkpoint.
+
+    Only test if it comes from elsewhere and the data of the checkpoint are not on this machine.
+    """
+    trained_flags, replaced = checkpoint["args"], replaced_splits(args, checkpoint["args"])
+    splits = {
+        split: index_folders(
+            getattr(args, f"{split}_dirs"), checkpoint["classes"], f"--{split}_dirs", allow_missing=True
+        )
+        for split in replaced
+    }
+    check_duplicates([path for index in splits.values() for path in index.paths], "--val_dirs / --test_dirs")
+    kept = [split for split in ("val", "test") if split not in replaced]
+    has_moved = args.data_dirs != trained_flags["data_dirs"]
+    if kept == ["val"] and not has_moved and not all(map(os.path.exists, checkpoint["splits"]["val"])):
+        print("the validation images of the checkpoint do not exist on this machine: only --test_dirs is evaluated")
+    elif kept:
+        splits |= find_images(checkpoint, kept, {**trained_flags, "data_dirs": args.data_dirs})[0]
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    splits = read_all(splits, open_cache(args), args.skip_broken)
+    warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)
+    return splits
+
+
+def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict):
+    """Print a line if images have name and size of images that the checkpoint was trained on."""
+    names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
+    trained = set(zip(map(os.path.basename, names), sizes.tolist(), strict=True))
+    for split, index in splits.items():
+        files = zip(map(os.path.basename, index.paths), index.sizes, strict=True)
+        if num_trained := sum(file in trained for file in files):
+            print(
+                f"warning: {num_trained} of the {len(index)} images of --{split}_dirs have the name and size of images "
+                "that the model was trained on: the metrics are too good"
+            )
+
+
+def subjects_by_split(
+    splits: dict[str, ImageIndex], args: argparse.Namespace, trained_flags: Mapping[str, Any]
+) -> dict[str, np.ndarray | None]:
+    """-> {split: subject of each image (N,) int, or None} by `--group_regex`: that of the training for its own images.
+
+    trained_flags: {flag: value} of the training.
+    """
+    replaced = replaced_splits(args, trained_flags)
+    patterns = {split: args.group_regex if split in replaced else trained_flags.get("group_regex") for split in splits}
+    return {split: subject_ids(index.paths, patterns[split]) for split, index in splits.items()}
+
+
+# ----------------------------------------------------------------------------------------------- fitted after training
+
+
+def adjust(
+    probabilities: np.ndarray, samples_per_cls: Sequence[int], tau: float, temperature: float = 1.0
+) -> np.ndarray:
+    """Temperature, then post-hoc logit adjustment: softmax(z / temperature - tau log pi), z = log of `probabilities`.
+
+    Guo et al. 2017, eq. 9; Menon et al. 2021, eq. 9 (pi: class shares of the original training images; tau = 1 removes
+    them, a negative tau moves back a model that was corrected twice). probabilities: (N, C); samples_per_cls: (C,)
+    -> (N, C) float32, none of them 0
+    """
+    from scipy.special import softmax
+
+    adjusted = softmax(_adjusted_logits(probabilities, samples_per_cls, tau, temperature), axis=1)
+    return np.maximum(adjusted, TINY).astype(np.float32)
+
+
+def _adjusted_logits(probabilities, samples_per_cls, tau, temperature):
+    logits = np.log(np.maximum(probabilities, TINY), dtype=np.float64) / temperature
+    return logits - tau * np.log(class_shares(samples_per_cls).numpy(), dtype=np.float64)
+
+
+def fit_posthoc(
+    targets: np.ndarray, probabilities: np.ndarray, samples_per_cls: Sequence[int], metric: str
+) -> dict[str, float]:
+    """-> {"tau", "temperature"} fitted on the validation images. targets: (N,); probabilities: (N, C).
+
+    temperature minimizes the mean negative log likelihood, without tau, which changes the class shares. tau then
+    maximizes `metric` ("balanced_acc" or "macro_f1"): 0 if that is among the best, else the middle of the widest run
+    of best values.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    def negative_log_likelihood(log_temperature):
+        logits = _adjusted_logits(probabilities, samples_per_cls, 0, np.exp(log_temperature))
+        return -log_softmax(logits, axis=1)[np.arange(len(targets)), targets].mean()
+
+    optimum = minimize_scalar(negative_log_likelihood, bounds=np.log(TEMPERATURES), method="bounded")
+    temperature = float(np.exp(optimum.x))
+    adjusted = (_adjusted_logits(probabilities, samples_per_cls, tau, temperature) for tau in TAUS)
+    values = [summary_metrics(targets, logits)[metric] for logits in adjusted]
+    best = np.flatnonzero(np.isclose(values, max(values)))
+    runs = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
+    widest = max(runs, key=len)
+    tau = 0.0 if 0 in TAUS[best] else float(TAUS[widest[len(widest) // 2]])
+    return {"tau": tau, "temperature": temperature}
+
+
+# ---------------------------------------------------------------------------------------------------------- printing
+
+
+def print_results(results: dict, run_dir: str | Path):
+    print(f"model of epoch {results['evaluated_epoch']} (95 % intervals in brackets):")
+    for split in ("val", "test"):
+        if split in results:
+            print_metrics(split, results[split])
+    for name, about in (("tta", "with the mirror image"), ("posthoc", "with logit adjustment")):
+        if name in results:
+            tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
+            print_metrics(f"test {about}{tau}", results[name]["test"])
+    recalls = {name: values["recall"] for name, values in results["test"]["per_class"].items() if values["support"]}
+    print(f"test recall per class: {', '.join(f'{name} {recall:.2f}' for name, recall in recalls.items())}")
+    print(f"results saved to {run_dir}")
+
+
+def print_metrics(title: str, metrics: dict):
+    names = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
+    words = [f"{word} {with_interval(metrics[name], metrics[f'{name}_ci'])}" for name, word in names.items()]
+    loss = f", loss {metrics['loss']:.4f}" if "loss" in metrics else ""
+    print(f"{title:>4}: {', '.join(words)}{loss}")

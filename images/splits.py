@@ -1,0 +1,291 @@
+"""Training, validation and test images: how they are split, and how the split of a checkpoint is found again."""
+
+import argparse
+import itertools
+import os
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from flags import SPLITS, every_folder
+from images.cache import open_cache, read_all
+from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
+from images.leakage import check_subjects, subject_ids, warn_of_grouped_names, warn_of_near_duplicates
+from run.cli import UserError
+from utils import class_balanced_weights, effective_number
+
+MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
+MAX_DRAWS = 50  # of subjects, until every split has every class
+MAX_LISTED = 100  # lost images
+
+
+def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
+    """Index the class folders, check every image, split. -> {"train", "val", "test": ImageIndex}.
+
+    Raises UserError for class folders, images or flags of which no such splits can be made.
+    """
+    index = index_folders(args.data_dirs)
+    separate = {
+        split: index_folders(getattr(args, f"{split}_dirs"), index.classes, f"--{split}_dirs")
+        for split in ("val", "test")
+        if getattr(args, f"{split}_dirs")
+    }
+    every_path = itertools.chain(index.paths, *(source.paths for source in separate.values()))
+    check_duplicates(every_path, "--data_dirs / --val_dirs / --test_dirs")
+    separate = read_all({"data": index, **separate}, open_cache(args), args.skip_broken)
+    index = separate.pop("data")
+    subjects = subject_ids(index.paths, args.group_regex)
+    if args.folds:
+        folds = fold_splits(index, args.folds, args.split, args.seed, subjects)
+        for splits in folds:  # all of them, so that the last fold does not fail after days
+            check_classes_in_splits(splits, args.split, args.folds)
+        splits = folds[args.fold]
+    else:
+        splits = stratified_split(index, args.split, args.seed, separate, subjects)
+    splits = {split: {**splits, **separate}[split] for split in SPLITS}
+    check_classes_in_splits(splits, args.split)
+    if args.group_regex:
+        check_subjects(splits, args.group_regex)
+    else:
+        warn_of_grouped_names(index.paths)
+    warn_of_near_duplicates(splits)
+    return splits
+
+
+def print_class_table(splits: dict[str, ImageIndex], beta: float, group_regex: str | None) -> None:
+    """Print one line per class: images per split, share, effective number, and weight in a Class-Balanced loss.
+
+    The last three are of the training split. group_regex: if given, a last line has the subjects per split.
+    """
+    counts = {split: index.counts() for split, index in splits.items()}
+    train = counts["train"]
+    shares, effective, weights = train / train.sum(), effective_number(train, beta), class_balanced_weights(train, beta)
+    print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
+    for i, name in enumerate(splits["train"].classes):
+        images = " ".join(f"{counts[split][i]:7d}" for split in SPLITS)
+        print(f"{name:>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
+    totals = " ".join(f"{counts[split].sum():7d}" for split in SPLITS)
+    print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
+    if group_regex:
+        subjects = (len(np.unique(subject_ids(splits[split].paths, group_regex))) for split in SPLITS)
+        print(f"{'subjects':>16} {' '.join(f'{number:7d}' for number in subjects)}")
+
+
+def paths_by_split(splits: dict[str, ImageIndex]) -> dict[str, list[str]]:
+    return {split: list(index.paths) for split, index in splits.items()}
+
+
+def stratified_split(
+    index: ImageIndex,
+    shares: Sequence[float],
+    seed: int,
+    separate: Collection[str] = (),
+    subjects: np.ndarray | None = None,
+) -> dict[str, ImageIndex]:
+    """Split an index, with the same shares of every class -> {split: ImageIndex} without the splits in `separate`.
+
+    shares: of train, val and test; those of `separate` are divided among the others. subjects: (N,) int; the images of
+    a subject stay together. A class that is too small may be missing in a split: see `check_classes_in_splits`.
+    """
+    draws = _max_draws(index, subjects, len(SPLITS) - len(separate))
+    (splits,) = _first_complete(lambda seed: [_draw_split(index, shares, seed, separate, subjects)], seed, draws)
+    return splits
+
+
+def fold_splits(
+    index: ImageIndex, folds: int, shares: Sequence[float], seed: int, subjects: np.ndarray | None = None
+) -> list[dict[str, ImageIndex]]:
+    """Cross-validation -> one {split: ImageIndex} per fold.
+
+    Each fold is the test split once; the rest is divided between train and val in the proportion of their `shares`.
+    subjects: as in `stratified_split`.
+    """
+    everything, val_share = np.arange(len(index)), shares[1] / (shares[0] + shares[1])
+
+    def draw(seed):
+        result = []
+        for test in _folds(everything, folds, index.targets, subjects, seed):
+            train, val = _take_share(np.setdiff1d(everything, test), val_share, index.targets, subjects, seed)
+            result.append({"train": index.subset(train), "val": index.subset(val), "test": index.subset(test)})
+        return result
+
+    return _first_complete(draw, seed, _max_draws(index, subjects, max(folds, len(SPLITS))))
+
+
+def _max_draws(index, subjects, number_of_splits):
+    """How often to draw. Another draw is useless without subjects, and for a class with fewer subjects than splits."""
+    if subjects is None:
+        return 1
+    fewest = min(len(np.unique(subjects[index.targets == c])) for c in range(len(index.classes)))
+    return MAX_DRAWS if fewest >= number_of_splits else 1
+
+
+def _first_complete(draw: Callable[[int], list[dict[str, ImageIndex]]], seed, draws):
+    """The first of `draws` draws, by seeds derived from `seed`, with every class in every split; else the last."""
+    for number in range(draws):
+        drawn = draw((seed + number * 1_000_003) % 2**32)
+        if all(index.counts().all() for splits in drawn for index in splits.values()):
+            break
+    return drawn
+
+
+def _draw_split(index, shares, seed, separate, subjects):
+    remaining_shares = [(split, share) for split, share in zip(SPLITS, shares, strict=True) if split not in separate]
+    rest, splits = np.arange(len(index)), {}
+    share_left = sum(share for _, share in remaining_shares)
+    for split, share in reversed(remaining_shares[1:]):
+        rest, chosen = _take_share(rest, share / share_left, index.targets, subjects, seed)
+        splits[split] = index.subset(chosen)
+        share_left -= share
+    splits["train"] = index.subset(rest)
+    return splits
+
+
+def _take_share(positions, share, targets, subjects, seed):
+    """Choose `share` of the positions, and of each class -> (the rest, the chosen), both sorted."""
+    from sklearn.model_selection import train_test_split  # takes a second to import; a resumed run does not split
+
+    if subjects is None:
+        try:
+            rest, chosen = train_test_split(positions, test_size=share, stratify=targets[positions], random_state=seed)
+        except ValueError:  # a class with one image left, or fewer images than classes: too small
+            return positions, positions[:0]
+        return np.sort(rest), np.sort(chosen)
+    # as many folds as make up the share, or nearly
+    parts = Fraction(share).limit_denominator(MAX_DENOMINATOR)
+    if parts in (0, 1):
+        parts = abs(parts - Fraction(1, round(1 / min(share, 1 - share))))
+    folds = _folds(positions, parts.denominator, targets, subjects, seed)
+    chosen = np.sort(np.concatenate(folds[: parts.numerator]))
+    return np.setdiff1d(positions, chosen), chosen
+
+
+def _folds(positions, folds, targets, subjects, seed):
+    """-> `folds` sorted arrays with the same share of each class. Subjects stay together, so shares may be uneven."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    splitter_type = StratifiedKFold if subjects is None else StratifiedGroupKFold
+    groups = None if subjects is None else subjects[positions]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about small classes, which are checked afterwards
+        try:
+            splitter = splitter_type(folds, shuffle=True, random_state=seed)
+            drawn = list(splitter.split(positions, targets[positions], groups))
+        except ValueError as error:
+            few = "images" if subjects is None else "images or subjects"
+            raise UserError(f"--folds / --split / --group_regex: too few {few} for {folds} folds ({error})") from error
+    return [positions[chosen] for _, chosen in drawn]
+
+
+def check_classes_in_splits(splits: dict[str, ImageIndex], shares: Sequence[float], folds: int | None = None) -> None:
+    """Raise UserError, naming the class and its counts, unless every split has an image of every class.
+
+    shares: of `--split`; folds: the value of `--folds` if `splits` are of one of its folds.
+    """
+    counts = {split: index.counts() for split, index in splits.items()}
+    totals = sum(counts.values())
+    for i in np.argsort(totals, kind="stable"):
+        if any(count[i] == 0 for count in counts.values()):
+            if folds:
+                flag, target, advice = "--folds", f"{folds} folds", "or use fewer folds"
+            else:
+                flag, target = "--split", f"shares of {' '.join(f'{share:g}' for share in shares)}"
+                advice = "change the shares, or pass --val_dirs / --test_dirs"
+            numbers = ", ".join(f"{split} {count[i]}" for split, count in counts.items())
+            raise UserError(
+                f"{flag}: class {splits['train'].classes[i]!r} has too few images ({totals[i]}), or images of too few "
+                f"subjects, for {target}: {numbers}; every split needs at least one: add images, {advice}"
+            )
+
+
+def find_images(
+    checkpoint: dict[str, Any], names: Collection[str], flags: dict[str, Any]
+) -> tuple[dict[str, ImageIndex], int]:
+    """Find the images of the checkpoint's splits `names` in the folders of `flags`.
+
+    -> ({split: ImageIndex}, how many other images the folders contain). Raises UserError as `restore_split` does.
+    """
+    folders = every_folder(flags)
+    index = index_folders(folders, checkpoint["classes"], "--data_dirs / --val_dirs / --test_dirs")
+    paths, sizes = ({split: checkpoint[key][split] for split in names} for key in ("splits", "file_sizes"))
+    splits = restore_split(index, paths, sizes, folders, every_folder(checkpoint["args"]))
+    return splits, len(index) - sum(map(len, splits.values()))
+
+
+def restore_split(
+    index: ImageIndex,
+    paths: dict[str, list[str]],
+    sizes: dict[str, list[int]],
+    folders: Sequence[str],
+    previous_folders: Sequence[str],
+) -> dict[str, ImageIndex]:
+    """Find the images of a checkpoint's splits again, also if their folders have been moved.
+
+    An image is identified by its path below its folder and by its size, a folder by its images; if several folders hold
+    the same images, the position among `folders` decides. paths, sizes: per split, the checkpoint's image paths
+    and file sizes in bytes; previous_folders: the data folders of the checkpoint's run. Raises UserError if an image is
+    missing or has changed, after listing all of these.
+    """
+    position_at = {_place(path, folders): i for i, path in enumerate(index.paths)}
+    places = {split: [_place(path, previous_folders) for path in split_paths] for split, split_paths in paths.items()}
+    size_at = [file_stat(path)[0] for path in index.paths]
+    matches = Counter()
+    for split, split_places in places.items():
+        for (previous, relative), size in zip(split_places, sizes[split], strict=True):
+            for new in range(len(folders)):
+                position = position_at.get((new, relative))
+                matches[previous, new] += position is not None and size_at[position] == size
+    new_folder = {
+        previous: max(range(len(folders)), key=lambda new, previous=previous: (matches[previous, new], new == previous))
+        for previous in {previous for previous, _ in matches}
+    }
+    positions, lost = {split: [] for split in paths}, []
+    for split, split_places in places.items():
+        for path, (previous, relative), size in zip(paths[split], split_places, sizes[split], strict=True):
+            position = position_at.get((new_folder[previous], relative))
+            if position is None:
+                lost.append(f"missing: {path}")
+            elif size_at[position] != size:
+                lost.append(f"changed: {index.paths[position]}")
+            else:
+                positions[split].append(position)
+    _refuse_lost_images(lost, sum(map(len, paths.values())))
+    return {split: index.subset(chosen) for split, chosen in positions.items()}
+
+
+def _place(path, folders):
+    """-> (number of the folder that contains `path`, path below it). Names are compared in composed form (NFC)."""
+    prefixes = [os.path.join(folder, "") for folder in folders]
+    containing = [number for number, prefix in enumerate(prefixes) if path.startswith(prefix)]
+    if not containing:
+        return -1, path
+    number = max(containing, key=lambda number: len(prefixes[number]))
+    return number, unicodedata.normalize("NFC", path[len(prefixes[number]) :])
+
+
+def _refuse_lost_images(lost, total):
+    for line in lost[:MAX_LISTED]:
+        print(line)
+    if len(lost) > MAX_LISTED:
+        print(f"... and {len(lost) - MAX_LISTED} more")
+    if lost:
+        raise UserError(
+            f"--resume: {len(lost)} of {total} images of the checkpoint's splits are missing or have changed (listed "
+            f"above, starting with {lost[0]}); restore them, or pass their new location with --data_dirs"
+        )
+
+
+def check_folders_used(splits: dict[str, ImageIndex], folders: Sequence[str]) -> None:
+    """Raise UserError if one of `folders` has no image of the splits: a resumed run keeps its splits, it adds none."""
+    used = {_place(path, folders)[0] for index in splits.values() for path in index.paths}
+    for number, folder in enumerate(folders):
+        if number not in used:
+            raise UserError(
+                f"--data_dirs: no image of the checkpoint's splits is in {folder}; a resumed run keeps its splits: "
+                "start a new run to add images"
+            )

@@ -1,0 +1,339 @@
+"""Which checkpoint a run continues from, which flags it inherits, and how everything is restored."""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import Engine
+from flags import build_parser, every_folder, is_inside, parse_flags, replaced_splits
+from images.cache import open_cache, read_all
+from images.folders import ImageIndex, file_stat
+from images.splits import SPLITS, check_folders_used, find_images, paths_by_split
+from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
+from run.cli import Damaged, UserError
+from run.folder import locked, new_folder, own_folder, timestamped
+from run.saver import BEST, DAMAGED, LAST, PREVIOUS
+from schedule import Stage, steps_before
+
+# flags that concern the process, not the run: they are not inherited
+NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
+# flags that name a folder to write to: a checkpoint from elsewhere must not choose one
+WRITTEN_TO = ("cache_dir", "wandb_dir")
+# flags that cannot change any more: the images are split, the weights initialized, the best epoch was selected
+FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights")
+FIXED_IN_TRAINING = ("best_metric", "group_regex")  # group_regex may name the subjects of another test set
+# flags that set the order of the images within an epoch
+ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class", "sampling", "drw_epoch", "crt_epochs", "ema")
+
+
+# -------------------------------------------------------------------------------------- the folder and the checkpoint
+
+
+@contextmanager
+def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[argparse.Namespace, dict | None]]:
+    """Lock the folder of a run and read its checkpoint. -> (all flags of the run, its checkpoint or None)
+
+    args: flags as given, by `parse_flags(argv)`. Raises UserError.
+    """
+    path, checkpoint = args.resume, None
+    if path:  # read before its folder is locked: what is not a checkpoint gets no lock file beside it
+        stat_when_read, checkpoint = file_stat(path), load_checkpoint(path)
+    with run_folder(args) as run_dir:
+        if args.auto_resume:
+            path, checkpoint = find_checkpoint(run_dir) or (None, None)
+        elif path and file_stat(path) != stat_when_read:  # another process has saved in between
+            checkpoint = load_checkpoint(path)
+        if checkpoint:
+            args = parse_flags(argv, inherited_flags(checkpoint, path, args, run_dir))
+        elif args.auto_resume:
+            args = parse_flags(argv, {})
+        args.resume, args.run_dir = path and str(path), str(run_dir)
+        if checkpoint:
+            check_resumed_flags(args, checkpoint)
+        yield args, checkpoint
+
+
+def run_folder(args):
+    """-> context of the folder to write to, locked: that of the checkpoint if a training is resumed, else a new one."""
+    if args.auto_resume:
+        return own_folder(args.run_dir, "--run_dir")
+    beside = Path(args.resume or "").absolute().parent
+    if args.run_dir and args.resume and not args.eval_only and Path(args.run_dir).absolute() != beside:
+        raise UserError(f"--run_dir: a run is resumed in the folder of its checkpoint, {beside}; omit this flag")
+    if args.resume and not args.eval_only:
+        return locked(beside)
+    if args.run_dir:
+        return new_folder(args.run_dir, "--run_dir")
+    if args.eval_only:
+        return new_folder(timestamped(beside / "eval"), "--run_dir", numbered=True)
+    return new_folder(timestamped(args.output_dir), "--output_dir", numbered=True)
+
+
+def find_checkpoint(run_dir: str | Path) -> tuple[Path, dict] | None:
+    """-> (path, checkpoint) of the last one in a run folder, of the previous one if that is damaged, None without any.
+
+    Raises UserError if none of them can be read.
+    """
+    errors = []
+    for path in (Path(run_dir, LAST), Path(run_dir, PREVIOUS)):
+        if not path.exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(path, "--auto_resume")
+        except Damaged as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            print(f"warning: {errors[0]}; it is kept as {DAMAGED}, resuming from {path.name}", file=sys.stderr)
+        return path, checkpoint
+    if errors:
+        raise UserError(f"{'; '.join(errors)}; to start over, move {run_dir} away")
+    if Path(run_dir, BEST).exists():
+        raise UserError(f"--auto_resume: {run_dir} has no {LAST}; resume with --resume {Path(run_dir, BEST)}")
+    return None
+
+
+def set_damaged_aside(run_dir: str | Path):
+    """Rename a damaged last checkpoint: the next save would keep it in the place of the previous one."""
+    with suppress(FileNotFoundError):
+        os.replace(Path(run_dir, LAST), Path(run_dir, DAMAGED))
+
+
+# -------------------------------------------------------------------------------------------------------- the flags
+
+
+def inherited_flags(
+    checkpoint: dict, path: str | Path, args: argparse.Namespace, run_dir: str | Path
+) -> dict[str, Any]:
+    """-> {flag: value} of a checkpoint that are the defaults of a run resumed from it. Raises UserError.
+
+    path: of the checkpoint; args: flags as given.
+    """
+    known = vars(args).keys() - set(NOT_INHERITED)
+    if "WANDB_MODE" in os.environ:
+        known.discard("wandb_mode")
+    inherited = {name: value for name, value in checkpoint["args"].items() if name in known}
+    check_inherited(inherited, path)
+    for name in WRITTEN_TO:
+        if inherited.get(name) and not is_inside(inherited[name], run_dir):
+            outside = inherited.pop(name)
+            if not getattr(args, name):
+                print(f"--{name}: {outside} of the checkpoint is not used; give the flag again to use it")
+    return inherited
+
+
+def check_inherited(inherited: dict[str, Any], path: str | Path):
+    """Raise UserError if a flag of the checkpoint at `path` has a value that no command line can give it."""
+    for action in build_parser()._actions:
+        if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
+            continue
+        value = inherited[action.dest]
+        try:
+            values = value if action.nargs in ("+", 3) and value is not None else [value]
+            is_valid = value in (None, action.default) or all(
+                item == (action.type or str)(str(item)) and (not action.choices or item in action.choices)
+                for item in values
+            )
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            is_valid = False
+        if not is_valid:
+            raise UserError(f"--resume: {path} has been altered: its --{action.dest} is {value!r}")
+
+
+def check_resumed_flags(args: argparse.Namespace, checkpoint: dict):
+    """Raise UserError for flags that cannot change when a run is resumed."""
+    if args.demo:
+        raise UserError("--demo: a run is resumed with its own data; omit --demo")
+    if (args.train_loss == "ldam") != (checkpoint["args"].get("train_loss") == "ldam"):
+        raise UserError("--train_loss: ldam has its own head; a trained model cannot change to or from it")
+    fixed = FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING
+    if not replaced_splits(args, checkpoint["args"]):
+        fixed += ("group_regex",)
+    for name in fixed:
+        if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
+            raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
+
+
+def how_to_resume(args: argparse.Namespace | None, argv: Sequence[str], was_saved: bool) -> str:
+    """What to print after "stopped". args: all flags of the run, None if they were not known yet."""
+    if args is None or args.eval_only:
+        return ""
+    if args.auto_resume:
+        return "; resume with the same command"
+    if not was_saved:
+        same_command = shlex.join(["python", "main.py", *argv])
+        return f"; resume with: {same_command}" if args.resume else "; nothing was saved yet"
+    outside = [name for name in WRITTEN_TO if getattr(args, name) and not is_inside(getattr(args, name), args.run_dir)]
+    flags = [word for name in outside for word in (f"--{name}", getattr(args, name))]
+    return f"; resume with: {shlex.join(['python', 'main.py', '--resume', str(Path(args.run_dir, LAST)), *flags])}"
+
+
+# -------------------------------------------------------------------------------------------------------- the state
+
+
+@dataclass
+class Progress:
+    """How far a training is: the last finished epoch, the best one, and the rows of `history.csv`."""
+
+    epoch: int = -1
+    best_metric: float = -math.inf
+    best_epoch: int = -1
+    history: list[dict] = field(default_factory=list)
+
+    def add_epoch(self, row: dict, best_metric_name: str) -> bool:
+        """-> whether this epoch is the best so far."""
+        self.epoch = row["epoch"]
+        self.history.append(row)
+        improved = row[best_metric_name] > self.best_metric
+        if improved:
+            self.best_metric, self.best_epoch = row[best_metric_name], self.epoch
+        return improved
+
+    def best_row(self) -> dict | None:
+        """The row of the best epoch, None if a resumed run has not reached it again."""
+        return next((row for row in self.history if row["epoch"] == self.best_epoch), None)
+
+
+def snapshot(
+    engine: Engine,
+    progress: Progress,
+    args: argparse.Namespace,
+    splits: dict[str, ImageIndex],
+    samples_per_cls: np.ndarray,
+    wandb_id: str | None,
+    position: dict | None,
+) -> tuple[list[dict], bytes]:
+    """-> (history, checkpoint file) of a run as it is now.
+
+    position: in the epoch after `progress.epoch`, by `RunningMetrics.position`; None between two epochs. Raises
+    UserError if the training has diverged: the previous checkpoint is the better one.
+    """
+    engine.check_weights()
+    checkpoint = {
+        "epoch": progress.epoch,
+        "position": position,
+        "model_state_dict": engine.evaluated.state_dict(),
+        "raw_state_dict": engine.model.state_dict() if engine.average else {},
+        "averaged_steps": int(engine.average.n_averaged) if engine.average else 0,
+        "optimizer_state_dict": engine.optimizer.state_dict(),
+        "scheduler_state_dict": engine.scheduler.state_dict(),
+        "scaler_state_dict": engine.scaler.state_dict(),
+        "posthoc": None,
+        "best_metric": progress.best_metric,
+        "best_metric_name": args.best_metric,
+        "best_epoch": progress.best_epoch,
+        "history": list(progress.history),
+        "classes": splits["train"].classes,
+        "samples_per_cls": samples_per_cls.tolist(),
+        "args": vars(args),
+        "wandb_id": wandb_id,
+        "splits": paths_by_split(splits),
+        "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
+        "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    return checkpoint["history"], checkpoint_bytes(checkpoint)
+
+
+def restore_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, ImageIndex]:
+    """-> the splits of the checkpoint, as they were. Raises UserError if an image is missing or has changed."""
+    splits, num_unused = find_images(checkpoint, SPLITS, vars(args))
+    check_folders_used(splits, every_folder(vars(args)))
+    if num_unused:
+        print(f"left out {num_unused} images that are in no split of the checkpoint")
+    return read_all(splits, open_cache(args), skip_broken=False)  # without one of its images it is another split
+
+
+def restore(
+    engine: Engine, checkpoint: dict, args: argparse.Namespace, stages: list[Stage]
+) -> tuple[Progress, dict | None]:
+    """Restore model, optimizer, schedule, scaler and random state. -> (progress, position in the epoch after it)
+
+    Flags that are given again win over those of the checkpoint.
+    """
+    if args.auto_resume and Path(args.resume).name == PREVIOUS:
+        set_damaged_aside(args.run_dir)
+    position, trained_flags = checkpoint["position"], checkpoint["args"]
+    names = (*ORDER_FLAGS, "epochs") if args.sampling == "progressive" or args.crt_epochs else ORDER_FLAGS
+    if position and any(getattr(args, name) != trained_flags.get(name, getattr(args, name)) for name in names):
+        print(f"epoch {checkpoint['epoch'] + 1} starts over: its images come in another order now")
+        position = None
+    try:
+        engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
+        if engine.average:
+            engine.model.load_state_dict(checkpoint["raw_state_dict"] or checkpoint["model_state_dict"])
+            # at least one: a run without --ema that is resumed with it starts the average from its weights
+            engine.average.n_averaged.fill_(max(1, checkpoint["averaged_steps"]))
+        engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
+            engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        torch.set_rng_state(checkpoint["rng_state"]["cpu"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise weights_do_not_fit(args.resume, error) from error
+    where = f", after {position['images']} of its images" if position else ""
+    print(f"resuming with epoch {checkpoint['epoch'] + 1}{where}")
+    steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
+    engine.scheduler.last_epoch = steps_before(checkpoint["epoch"] + 1, stages, args.grad_accum) + steps  # in steps
+    engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
+    for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
+        group["weight_decay"] = args.weight_decay
+        group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
+    if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
+    best_metric, best_epoch = settle_best_model(checkpoint, args.resume, args.run_dir)
+    return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), position
+
+
+def settle_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path) -> tuple[float, int]:
+    """-> (metric, epoch) of the best model so far; best_model.pth agrees with them afterwards.
+
+    A crash can leave that file one epoch behind the checkpoint at `path`, which then replaces it; or ahead of it, if
+    the run is resumed from an older checkpoint: the file then stays, as those epochs will come again. Raises UserError
+    if the file is damaged or belongs to another run.
+    """
+    so_far, best_path = (checkpoint["best_metric"], checkpoint["best_epoch"]), Path(run_dir, BEST)
+    is_best_itself = checkpoint["position"] is None and checkpoint["epoch"] == checkpoint["best_epoch"]
+    best, damage = None, None
+    if best_path.exists():
+        try:
+            best = load_checkpoint(best_path)
+        except Damaged as error:
+            damage = error
+    if best and best["classes"] == checkpoint["classes"]:
+        found = best["best_metric"], best["best_epoch"]
+        same_past = best["history"][: len(checkpoint["history"])] == checkpoint["history"]
+        if found == so_far or (best["epoch"] > checkpoint["best_epoch"] and same_past):
+            return found
+    if is_best_itself:
+        save_checkpoint(best_path, checkpoint_bytes(checkpoint))
+        return so_far
+    if damage:
+        raise UserError(f"{damage}; restore it, or delete it to keep the best of the epochs to come")
+    if best:
+        raise UserError(
+            f"--resume: {best_path} is not the best model of {path} (of epoch {best['epoch']}, not "
+            f"{checkpoint['best_epoch']}); put the right file beside it"
+        )
+    if checkpoint["best_epoch"] >= 0:
+        print(f"warning: {best_path} does not exist; the best of the epochs to come is kept", file=sys.stderr)
+    return -math.inf, -1
+
+
+def is_finished(args: argparse.Namespace, checkpoint: dict) -> bool:
+    """Whether a run has been trained for all its epochs and tested afterwards."""
+    try:
+        results = json.loads(Path(args.run_dir, "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("epochs") == checkpoint["epoch"] + 1 >= args.epochs

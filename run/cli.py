@@ -1,0 +1,127 @@
+"""What every command shares: errors in one line, exit status, argument types, progress bars."""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from typing import Any
+
+from run.signals import Stopped
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. It is printed as one `error:` line, and the command exits with status 2."""
+
+
+class Damaged(UserError):
+    """A file whose content is not what was written to it."""
+
+
+def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
+    """Call `run(argv)`. -> exit status: its own or 0, 2 after a UserError or OSError, 128 + N after signal N.
+
+    argv: None for the command line of the process.
+    """
+    with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
+        try:
+            return run(sys.argv[1:] if argv is None else argv) or 0
+        except UserError as error:
+            # an error raised in a loader worker arrives with the traceback of that process in front of its text
+            print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            print("stopped; resume with the same command", file=sys.stderr)
+            return stop.status
+
+
+class LossyStream:
+    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", total: int | None = None):
+    """A tqdm progress bar that is silent where there is no terminal."""
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty()
+    return tqdm(iterable, title, total, unit=unit, leave=False, dynamic_ncols=True, disable=quiet)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error whose text may fill a page."""
+    return str(error).strip().partition("\n")[0]
+
+
+# --------------------------------------------------------------------------------------------------------- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of exiting. Flags cannot be abbreviated."""
+
+    def __init__(self, prog: str, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def number(
+    cast: type, low: float = -math.inf, high: float = math.inf, below: float = math.inf, above: float = -math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number, low <= number <= high, above < number < below."""
+
+    def parse(text):
+        value = cast(text)
+        if not (math.isfinite(value) and low <= value <= high and above < value < below):
+            bounds = {"at least": low, "at most": high, "below": below, "above": above}
+            expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"{text} is not {expected or 'a finite number'}")
+        return value
+
+    parse.__name__ = cast.__name__
+    return parse
+
+
+def regex(text: str) -> str:
+    """An argparse type: a regular expression."""
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from error
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true or false."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_switch(group, name: str, default: bool, help: str):
+    """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
+    group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
+    group.add_argument(
+        f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=f"turn --{name} off"
+    )

@@ -1,0 +1,153 @@
+"""The files of a run: written whole or not at all, as JSON, CSV and predictions."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from run.cli import UserError
+
+HISTORY_COLUMNS = (
+    "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
+    "learning_rate", "seconds", "images_per_second",
+)  # fmt: skip
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w", previous: str | None = None) -> Iterator[IO]:
+    """Open a temporary file beside `path`; sync it and rename it to `path` once it is complete.
+
+    A crash at any moment leaves the previous file or the new one. mode: "w" (UTF-8 text) or "wb". previous: a name
+    under which the previous file is kept. Raises OSError, with the name of the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # surrogateescape: a file name that is not valid UTF-8 must survive the way into splits.json and back
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            _keep(path, path.with_name(previous))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keep(path, previous):
+    """Give the file at `path` the second name `previous`, so that there is a file at `path` at any time."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+    else:
+        os.replace(link, previous)
+        link.unlink(missing_ok=True)  # os.replace leaves it where both names were the same file already
+
+
+def _sync_folder(folder):
+    """Let the new name of a file survive a power cut too, where the system supports it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: str | Path, content: bytes, previous: str | None = None):
+    """content: of a checkpoint. previous: see `atomic_write`."""
+    with atomic_write(path, "wb", previous) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, content: Any):
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises UserError if the file is not valid JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or delete it") from error
+
+
+def read_yaml(path: str | Path, flag: str | None = None) -> Any:
+    """The content of a YAML file. flag: the flag that names the file, for error messages.
+
+    Raises UserError if the file cannot be read, is not valid YAML, or lists a key twice (a YAML reader would keep the
+    last one).
+    """
+    import yaml
+
+    where = f"{flag}: {path}" if flag else str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content, nodes = yaml.safe_load(text), [yaml.compose(text, yaml.SafeLoader)]
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    for node in nodes:  # which grows: every node once, as an alias is the node of its anchor
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            if repeated := [key for key in keys if keys.count(key) > 1]:
+                raise UserError(f"{where}: {repeated[0]} is listed twice; fix or delete one of them")
+        if isinstance(node, yaml.CollectionNode):
+            children = [child[1] if isinstance(child, tuple) else child for child in node.value]
+            nodes += [child for child in children if child not in nodes]
+    return content
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """Read a file of `write_csv` or `write_predictions`. -> [{column: text}]"""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping]):
+    """rows: dicts; keys that are not in `columns` are left out."""
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_history(path: str | Path, history: Iterable[Mapping]):
+    write_csv(path, HISTORY_COLUMNS, history)
+
+
+def write_predictions(
+    path: str | Path, image_paths: Iterable[str], targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+):
+    """One row per image. image_paths: N; targets: (N,) int; probabilities: (N, C) float; classes: C names."""
+    predictions = np.argmax(probabilities, axis=1)
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "label", "prediction", "correct", *(f"prob_{name}" for name in classes)])
+        for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
+            correct = int(target == prediction)
+            writer.writerow([image_path, classes[target], classes[prediction], correct, *(f"{p:.7g}" for p in row)])
+
+
+def read_predictions(path: str | Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read a file of `write_predictions`. -> (paths (N,) str, targets (N,) int, probabilities (N, C))"""
+    rows = read_rows(path)
+    targets = np.array([classes.index(row["label"]) for row in rows])
+    probabilities = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
+    return np.array([row["path"] for row in rows]), targets, probabilities

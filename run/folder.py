@@ -1,0 +1,105 @@
+"""The folder of a run: made, locked, and never shared by two processes."""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from run.cli import UserError
+
+LOCK_FILE = ".lock"  # in the folder of a run
+FOLDS_FILE = "folds_begun.json"  # in the folder of a cross-validation: its flags and images
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[Path]:
+    """Lock the folder of a run for this process. -> the folder
+
+    The lock ends with the process, however that ends. Temporary files of killed processes are deleted. Raises
+    UserError, naming the process and its host, if another process holds the lock.
+    """
+    folder = Path(folder)
+    lock_file = folder / LOCK_FILE
+    lock = filelock.FileLock(lock_file, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+        lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    except filelock.Timeout as error:
+        holder = ""
+        with suppress(OSError):  # some systems refuse to read a locked file
+            holder = lock_file.read_text().strip()
+        raise UserError(f"{folder} is in use by {holder or 'another process'}; wait for it or stop it") from error
+    except (OSError, NotImplementedError) as error:  # a full file system, or one without locks
+        reason = getattr(error, "strerror", None) or error
+        print(f"warning: {folder} cannot be locked ({reason}); do not start a second run in it", file=sys.stderr)
+    try:
+        for stray in folder.glob(".*.tmp"):
+            if re.fullmatch(r"\..+\.(pth|csv|json|png|html)\.\d+\.tmp", stray.name):  # as atomic_write names them
+                with suppress(OSError):
+                    stray.unlink()
+        yield folder
+    finally:
+        lock.release()
+
+
+@contextmanager
+def new_folder(folder: str | Path, flag: str, numbered: bool = False) -> Iterator[Path]:
+    """Create `folder`, which must not exist yet, with its parents, and lock it. -> the folder
+
+    It is deleted again if the body raises while it is empty, or raises UserError before it holds a checkpoint.
+    numbered: if the name is taken (by a run that started in the same second), add `_2`, `_3` ... instead of raising.
+    Raises UserError, naming `flag`, if the folder exists or cannot be created.
+    """
+    wanted = Path(folder).absolute()
+    missing_parents = [parent for parent in wanted.parents if not parent.exists()]
+    names = itertools.chain([wanted.name], (f"{wanted.name}_{number}" for number in itertools.count(2)))
+    for folder in map(wanted.with_name, names):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError as error:
+            if not numbered:
+                raise UserError(f"{flag}: {folder} already exists; name a new folder or add --auto_resume") from error
+        except OSError as error:
+            raise UserError(f"{flag}: {folder} cannot be created: {error.strerror}") from error
+    with locked(folder):
+        try:
+            yield folder
+        except BaseException as error:
+            refused = isinstance(error, UserError) and not list(folder.rglob("*.pth"))
+            if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
+                with suppress(OSError):  # a folder that is not empty stays
+                    shutil.rmtree(folder)
+                    for parent in missing_parents:
+                        parent.rmdir()
+            raise
+
+
+@contextmanager
+def own_folder(folder: str | Path, flag: str) -> Iterator[Path]:
+    """Lock the folder of a run that may have started; create it if it does not exist. -> the folder
+
+    Raises UserError, naming `flag`, if it holds something else.
+    """
+    folder = Path(folder).absolute()
+    if not folder.exists():
+        with new_folder(folder, flag) as folder:
+            yield folder
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not list(folder.glob("*.pth")) + list(folder.glob(LOCK_FILE))):
+        raise UserError(f"{flag}: {folder} exists and is not the folder of a run; name another folder")
+    with locked(folder):
+        yield folder
+
+
+def timestamped(prefix: str | Path) -> str:
+    """-> `<prefix>_YYYYMMDD_HHMMSS`"""
+    return f"{os.path.normpath(prefix)}_{time.strftime('%Y%m%d_%H%M%S')}"

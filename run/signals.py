@@ -1,0 +1,79 @@
+"""Signals that stop a run after it has saved, or ask it to save."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+SECOND_SIGNAL_S = 1  # sooner, it is the same signal sent twice: to the process and to its process group
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was stopped by SIGINT (Ctrl-C), SIGTERM (sent by job queues) or SIGHUP (the terminal was closed)."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+        self.status = 128 + number  # as shells report it: 130, 143, 129
+
+
+class Signals:
+    """A context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`; within `deferred`, at the next `raise_if_stopped`.
+
+    A second signal ends the process at once. SIGUSR1, which job queues send as a warning, sets `save_wanted`. Signals
+    that were ignored when the process started (SIGINT in the background, SIGHUP under nohup) stay ignored.
+    """
+
+    def __init__(self):
+        self.save_wanted, self.saved = False, False  # saved: by this process, which can be resumed
+        self._stopped_by, self._stopped_at, self._deferred = None, 0.0, False
+
+    def __enter__(self):
+        stops = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), self._on_stop)
+        handlers = {**stops, "SIGUSR1": self._on_save}
+        handlers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+        self._previous = {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_stop(self, number, frame):
+        if self._stopped_by:
+            if time.monotonic() - self._stopped_at > SECOND_SIGNAL_S:
+                os._exit(128 + number)
+            return
+        self._stopped_by, self._stopped_at = number, time.monotonic()
+        if not self._deferred:
+            raise Stopped(number)
+        with suppress(OSError):  # nobody reads it any more: tee ends at the same Ctrl-C
+            # not print, which may be running when the signal arrives
+            os.write(1, b"stopping after this step; a second signal ends the process at once\n")
+
+    def _on_save(self, number, frame):
+        self.save_wanted = True
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped_by is not None
+
+    def raise_if_stopped(self):
+        """Raises Stopped after a signal."""
+        if self._stopped_by:
+            raise Stopped(self._stopped_by)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within this context a signal only sets `stopped`; `Stopped` is raised at its end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.raise_if_stopped()

@@ -1,0 +1,148 @@
+"""The stages of a training: which loss and which images at which epoch, and the learning rate at each step."""
+
+import argparse
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dataset_double import ClassSampler, train_loader
+from images.folders import ImageIndex
+from run.cli import UserError
+from utils import CrossEntropy, build_loss
+
+PROGRESSIVE_SHARES = (1 / 2, 3 / 4, 1)  # of the image size, a third of the epochs each
+NETWORK_STRIDE = 16  # of the ResNet-50 with last-stage stride 1
+SMALLEST_SIZE = 32  # at 16 px the last features are one pixel, and batch norm fails on a batch of one image
+
+
+def build_criterion(args: argparse.Namespace, samples_per_cls: Sequence[int], weighted: bool = True) -> torch.nn.Module:
+    """The loss of `--train_loss`. samples_per_cls: (C,) counts of the original training images.
+
+    weighted: see `build_loss`. LDAM has no class weights without `--drw_epoch`, as in its paper.
+    """
+    alpha = args.alpha[0] if args.alpha and len(args.alpha) == 1 else args.alpha
+    if isinstance(alpha, list) and len(alpha) != len(samples_per_cls):
+        raise UserError(f"--alpha: {len(alpha)} values for {len(samples_per_cls)} classes; give one, or one per class")
+    return build_loss(
+        args.train_loss,
+        samples_per_cls,
+        weighted=weighted and (args.train_loss != "ldam" or args.drw_epoch > 0),
+        beta=args.beta,
+        gamma=args.gamma,
+        alpha=alpha,
+        smoothing=args.smoothing,
+        cb_form=args.cb_form,
+        tau=args.tau,
+        max_margin=args.max_margin,
+        ordinal_decay=args.ordinal_decay,
+    )
+
+
+@dataclass
+class Stage:
+    """The epochs from `start` to before `end`, which are trained alike."""
+
+    start: int
+    end: int
+    loader: torch.utils.data.DataLoader
+    criterion: torch.nn.Module
+    head_only: bool = False
+
+    def steps(self, grad_accum: int) -> int:
+        """Optimizer steps per epoch."""
+        return math.ceil(len(self.loader) / grad_accum)
+
+
+def plan_stages(
+    args: argparse.Namespace, index: ImageIndex, criterion: torch.nn.Module, device: torch.device
+) -> list[Stage]:
+    """The stages in their order: before `--drw_epoch`, the main stage, and the new head of `--crt_epochs`.
+
+    index: the original training images; criterion: the loss of `--train_loss`.
+    """
+    stages, end = [], args.epochs - args.crt_epochs
+    if args.drw_epoch:
+        plain_loader = train_loader(index, args, device, use_augmentation=False, sampling="instance")
+        stages.append(Stage(0, args.drw_epoch, plain_loader, build_criterion(args, index.counts(), weighted=False)))
+    loader = train_loader(index, args, device, use_augmentation=args.use_augmentation, sampling=args.sampling)
+    stages.append(Stage(args.drw_epoch, end, loader, criterion))
+    if args.crt_epochs:
+        balanced_loader = train_loader(index, args, device, use_augmentation=False, sampling="balanced")
+        stages.append(Stage(end, args.epochs, balanced_loader, CrossEntropy(), head_only=True))
+    for stage in stages:
+        stage.criterion.to(device)
+    return stages
+
+
+def add_optimizer(engine, args: argparse.Namespace, stages: list[Stage]):
+    """Give `engine` AdamW and a learning rate per step; `--crt_epochs` have a schedule of their own."""
+    engine.optimizer = torch.optim.AdamW(
+        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    steps = [(stage.end - stage.start) * stage.steps(args.grad_accum) for stage in stages]
+    joint, separate = (steps[:-1], steps[-1:]) if args.crt_epochs else (steps, [])
+    warmup_steps = min(round(args.warmup_epochs * stages[0].steps(args.grad_accum)), sum(joint) // 2)
+    factor = lr_lambda([(warmup_steps, sum(joint)), *((0, steps) for steps in separate)])
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, factor)
+
+
+def lr_lambda(cycles: Sequence[tuple[int, int]]) -> Callable[[int], float]:
+    """Factor on the learning rate at a step: linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017).
+
+    cycles: [(warm-up steps, all steps)], one after the other.
+    """
+    starts = list(itertools.accumulate((steps for _, steps in cycles[:-1]), initial=0))
+
+    def factor(step):
+        number = bisect.bisect_right(starts, step) - 1
+        step, (warmup_steps, total_steps) = step - starts[number], cycles[number]
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def steps_before(epoch: int, stages: list[Stage], grad_accum: int) -> int:
+    """Optimizer steps in all epochs before `epoch`."""
+    return sum(
+        (min(epoch, stage.end) - stage.start) * stage.steps(grad_accum) for stage in stages if stage.start < epoch
+    )
+
+
+def progressive_size(epoch: int, epochs: int, image_size: int) -> int:
+    """Side of the training images at an epoch: half, three quarters and all of `image_size`, for a third each.
+
+    Rounded up to a multiple of the network's stride; the last epoch always has the full size.
+    """
+    thirds_to_come = 3 * (epochs - 1 - epoch) // epochs
+    share = PROGRESSIVE_SHARES[-1 - thirds_to_come]
+    side = math.ceil(image_size * share / NETWORK_STRIDE) * NETWORK_STRIDE
+    return min(max(side, SMALLEST_SIZE), image_size)
+
+
+def print_stages(stages: list[Stage], num_originals: int):
+    for stage in stages:
+        dataset, sampler = stage.loader.dataset, stage.loader.sampler
+        what = [type(stage.criterion).__name__]
+        if len(dataset) > num_originals:
+            what.append(f"oversampled by augmentation: {num_originals} -> {len(dataset)} images per epoch")
+        if isinstance(sampler, ClassSampler):
+            what.append(f"{sampler.sampling} sampling")
+        if stage.head_only:
+            what.append("a new head on the frozen backbone")
+        print(f"epochs {stage.start} to {stage.end - 1}: {', '.join(what)}")
+
+
+def warn_of_early_best(best_epoch: int, stages: list[Stage]):
+    """Print a line if the best model was trained before the last stage."""
+    if best_epoch < stages[-1].start:
+        print(
+            f"warning: the best epoch, {best_epoch}, is before --drw_epoch / --crt_epochs start in epoch "
+            f"{stages[-1].start}: the model that is kept and tested was trained without them"
+        )

@@ -1,0 +1,84 @@
+"""Cross-validation: each fold as a run of its own, then mean and spread over them and all test images together."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evaluation import print_metrics
+from flags import is_neutral, is_ordinal, parse_flags
+from images.folders import index_folders
+from images.leakage import subject_ids
+from metrics import RANKINGS, full_metrics
+from resume import run_folder
+from run.cli import UserError
+from run.files import read_json, read_predictions, write_json
+from run.folder import FOLDS_FILE
+from study.spread import print_spread, spread_over
+from study.started_with import check_same_settings
+
+
+def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[..., int]) -> int:
+    """Train every fold in one folder, then summarize them. -> exit status
+
+    args: by `parse_flags(argv)`. run_fold: called with a command line and `resume_hint`, -> exit status of the run.
+    """
+    if args.wandb_id or "WANDB_SWEEP_ID" in os.environ:
+        raise UserError(
+            "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold"
+        )
+    with run_folder(args) as folder:
+        settled = parse_flags([*argv, "--fold", "0"], {})
+        settled.run_dir = str(folder)
+        command = shlex.join(["python", "main.py", *argv, "--run_dir", str(folder), "--auto_resume"])
+        resume_hint = "; resume with the same command" if args.auto_resume else f"; resume with: {command}"
+        run_dirs = [folder / f"fold_{fold}" for fold in range(args.folds)]
+        check_same_folds(folder / FOLDS_FILE, settled)
+        for fold, run_dir in enumerate(run_dirs):
+            print(f"fold {fold} of {args.folds}")
+            name = f"{args.wandb_name or folder.name}_fold_{fold}"
+            fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
+            if status := run_fold([*argv, *fold_flags], resume_hint=resume_hint):
+                return status
+        spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, settled)
+        write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
+        print_spread(f"mean and standard deviation of {args.folds} folds", spread)
+        print_metrics("test images of all folds together", pooled)
+        print(f"results saved to {folder}")
+    return 0
+
+
+def check_same_folds(path: Path, args: argparse.Namespace):
+    """Raise UserError if the folds were started with other flags or images; `path` keeps those of the first time."""
+    index = None if args.demo else index_folders(args.data_dirs)
+    images = index and dict(zip(index.classes, index.counts().tolist(), strict=True))
+    current = {"flags": vars(args), "images": images}
+    previous = read_json(path) if path.exists() else current
+    compared = {name: value for name, value in vars(args).items() if not is_neutral(name)}
+    check_same_settings(
+        {**previous["flags"], "images": previous["images"]},
+        {**compared, "images": images},
+        "--run_dir",
+        f"the cross-validation in {path.parent}",
+    )
+    write_json(path, previous)
+
+
+def pooled_metrics(run_dirs: Sequence[Path], args: argparse.Namespace) -> dict:
+    """Metrics of the test images of all folds together, each tested in one fold.
+
+    Without metrics that rank images, as the probabilities come from several models.
+    """
+    results = read_json(run_dirs[0] / "results.json")
+    classes = results["classes"]
+    folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
+    paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
+    subjects = subject_ids(paths.tolist(), args.group_regex)
+    pooled = full_metrics(targets, probabilities, classes, results["samples_per_cls"], is_ordinal(args), subjects)
+    for class_metrics in pooled["per_class"].values():
+        for name in RANKINGS:
+            del class_metrics[name], class_metrics[f"{name}_ci"]
+    return pooled

@@ -1,0 +1,209 @@
+"""`main.py` as a child process, and a pool of such processes, which `search.py` and `ablate.py` share."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+from flags import build_parser, flag_of
+from run.cli import UserError
+from run.cores import num_cores
+from run.folder import LOCK_FILE, locked
+from run.saver import LAST, PREVIOUS
+from run.signals import Signals
+
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+# flags of main.py that the program that starts a run sets itself, or that make no sense for its runs
+OWN_FLAGS = frozenset({"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo", "folds", "fold"})
+SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+POLL_SECONDS = 1
+
+
+def refuse_flags(words: list[str], refused: Collection[str], reason: str = SET_PER_RUN) -> None:
+    """Raise UserError if a command line for main.py has one of these flags."""
+    for word in words:
+        if word.startswith("--") and flag_of(word) in refused:
+            raise UserError(f"{word}: {reason}")
+
+
+def check_main_flags(main_flags: list[str]) -> None:
+    """Raise UserError for flags that main.py's parser refuses, or that the program that starts it sets itself."""
+    refuse_flags(main_flags, OWN_FLAGS)
+    build_parser().parse_args(main_flags)
+
+
+def without_flag(words: list[str], name: str) -> list[str]:
+    """-> a command line of main.py without one flag, in whichever form (--lr, --no-pretrained), and its values."""
+    kept, is_kept = [], True
+    for word in words:
+        if word.startswith("--"):
+            is_kept = flag_of(word) != flag_of(name)
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
+class TrialProcess:
+    """A process of main.py that trains in `run_dir`, or resumes the run in it. Its output is appended to a log file."""
+
+    def __init__(self, flags: list[str], run_dir: str | Path, jobs: int = 1, slot: int = 0):
+        """jobs: number of processes at once on this machine, which share its cores and GPUs; slot: 0 to jobs - 1."""
+        self.run_dir, self.log, self.slot = Path(run_dir), log_of(run_dir), slot
+        program = [sys.executable, str(MAIN)]
+        command = [*program, *flags, *_device_flags(flags, slot), "--run_dir", str(run_dir), "--auto_resume"]
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._is_asked_to_stop = False
+        with open(self.log, "a", encoding="utf-8") as log:
+            self._log_start = log.tell()
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            # a process group of its own: Ctrl-C reaches only this program, which then stops its processes
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self._process = subprocess.Popen(command, **streams, env=_environment(jobs), process_group=0)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, None while the process runs, -N if signal N killed it."""
+        return self._process.poll()
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal asked the process to end, so that its run can be resumed."""
+        return self.status in (*(-number for number in STOP_SIGNALS), *(128 + number for number in STOP_SIGNALS))
+
+    def stop(self) -> None:
+        """Ask the process to save and end. It is asked once: a second signal would end it before it has saved."""
+        if self.status is None and not self._is_asked_to_stop:
+            self._is_asked_to_stop = True
+            self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.wait()
+
+    def error(self) -> str:
+        """Why the process failed, in one line."""
+        if self.status < 0:
+            memory = ", perhaps because the system ran out of memory" if self.status == -signal.SIGKILL else ""
+            return f"killed by signal {-self.status}{memory}"
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            log.seek(self._log_start)
+            lines = log.read().strip().splitlines()
+        reported = [line for line in lines if line.startswith("error: ")]
+        return (reported or lines)[-1]
+
+
+class ProcessPool:
+    """Up to `jobs` processes of main.py at once on this machine, each in its slot: 0 to jobs - 1."""
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self.processes: list[TrialProcess] = []  # started and not released yet
+        self.is_stopping = False
+        self._asked_to_end: set[str] = set()  # folders whose left-over process was asked to end
+
+    def num_free(self) -> int:
+        """Number of slots without a process."""
+        return self.jobs - len(self.processes)
+
+    def start(self, flags: list[str], run_dir: str | Path) -> TrialProcess:
+        """Start main.py in the first free slot."""
+        slot = min(set(range(self.jobs)) - {process.slot for process in self.processes})
+        process = TrialProcess(flags, run_dir, self.jobs, slot)
+        self.processes.append(process)
+        return process
+
+    def release(self, process: TrialProcess) -> None:
+        """Free the slot of a process that has ended."""
+        self.processes.remove(process)
+
+    def supervise(self, look: Callable[[], bool], signals: Signals) -> None:
+        """Call `look()`, which starts and releases processes, about once per second until it returns False.
+
+        After a signal, all processes are asked to save and end, and `is_stopping` is set: `look` starts no more then.
+        No process outlives this call. Raises Stopped after a signal, once all have ended.
+        """
+        with signals.deferred():
+            try:
+                is_more = True
+                while is_more:
+                    if signals.stopped:
+                        self.stop_all()
+                    is_more = look()
+                    time.sleep(POLL_SECONDS if is_more else 0)
+            finally:
+                self.stop_all()
+                self.wait()
+
+    def stop_all(self) -> None:
+        """Ask all processes to save and end."""
+        self.is_stopping = True
+        for process in self.processes:
+            process.stop()
+
+    def wait(self) -> None:
+        """Wait until all processes have ended."""
+        for process in self.processes:
+            process.wait()
+
+    def is_left_over(self, run_dir: str | Path) -> bool:
+        """Whether a process that nobody supervises any more, as its program was killed, still works in a run's folder.
+
+        It is asked, once, to save and end; the run can be resumed when it has.
+        """
+        if not is_in_use(run_dir):
+            return False
+        if str(run_dir) not in self._asked_to_end:
+            self._asked_to_end.add(str(run_dir))
+            with suppress(OSError):
+                holder = re.match(r"process (\d+) on (.*)", Path(run_dir, LOCK_FILE).read_text())
+                if holder and holder[2] == socket.gethostname():
+                    os.kill(int(holder[1]), signal.SIGTERM)
+        return True
+
+
+def log_of(run_dir: str | Path) -> Path:
+    """The file with the output of main.py: beside the run's folder, in which main.py alone writes."""
+    return Path(run_dir).with_name(f"{Path(run_dir).name}.log")
+
+
+def is_in_use(run_dir: str | Path) -> bool:
+    """Whether a process works in a run's folder."""
+    if not Path(run_dir).is_dir():
+        return False
+    try:
+        with locked(run_dir):
+            return False
+    except UserError:
+        return True
+
+
+def keep_best_model_only(run_dir: str | Path) -> None:
+    """Delete the other checkpoints of a finished run: those of many runs would fill the disk."""
+    for name in (LAST, PREVIOUS):
+        Path(run_dir, name).unlink(missing_ok=True)
+
+
+def _device_flags(flags, slot):
+    """`--device` for a machine with several GPUs, unless the flags choose the device."""
+    if build_parser().parse_args(flags).device != "auto":
+        return []
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return ["--device", f"cuda:{slot % gpus}"] if gpus > 1 else []
+
+
+def _environment(jobs):
+    """Without W&B unless it is asked for. Processes share the cores: with all threads each, they would be slower."""
+    environment = {"WANDB_MODE": "disabled", **os.environ}
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // jobs)))
+    return environment

@@ -1,0 +1,88 @@
+"""bench.py at a size that takes seconds: that every part is measured and written, and how the command ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import ROOT
+
+import bench
+from study import benchmark
+
+SMALL_SIZES = {
+    "IMAGE_SIZE": 32,
+    "BATCH_SIZE": 4,
+    "PHOTO_SIDES": (48, 64),
+    "NUM_PHOTOS": 8,
+    "ROUNDS": 1,
+    "CPU_STEPS": 1,
+    "STARTUP_FILES": (70, 140),
+    "INDEX_SIZE": 1000,
+    "MATRIX_SIZE": 64,
+    "NUM_PREDICTIONS": 500,
+    "NUM_DUPLICATE_IMAGES": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def small_bench(tmp_path_factory):
+    """-> content of bench.json"""
+    output = tmp_path_factory.mktemp("bench") / "bench.json"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL_SIZES.items():
+            patch.setattr(benchmark, name, value)
+        # the reference in this process: a new one takes seconds to import torch
+        patch.setattr(benchmark, "reference_process", lambda: ThreadPoolExecutor(1))
+        assert bench.main(["--device", "cpu", "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_every_part_is_measured_and_written(small_bench):
+    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine"}
+    for rates in (small_bench["input"]["48"], small_bench["input"]["64"]):
+        assert set(rates) == {"reference", "cold", "warm"} and all(rate > 0 for rate in rates.values())
+    step = small_bench["step"]
+    assert step["share_of_peak"] == pytest.approx(
+        step["images_per_second"] * step["gflop_per_image"] / step["peak_gflops"]
+    )
+    assert step["reference_images_per_second"] > 0
+    rates = small_bench["evaluation"]["resamples_per_second"]
+    assert rates["ours"] > rates["reference"] > 0 and small_bench["evaluation"]["near_duplicates_s"] > 0
+    assert set(small_bench["startup"]) == {"70", "140"}
+    assert all(seconds["second_s"] > 0 for seconds in small_bench["startup"].values())
+    assert 0 < small_bench["memory_mb"]["per_worker"] < small_bench["memory_mb"]["process"]
+
+
+def test_a_file_that_cannot_be_written_is_reported_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure_step", lambda *_: pytest.fail("measured"))
+    output = tmp_path / "missing" / "bench.json"
+    assert bench.main(["--device", "cpu", "--parts", "step", "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(output.parent) in error and len(error.splitlines()) == 1
+
+
+def test_a_device_that_is_not_available_is_one_line(tmp_path, capsys):
+    assert bench.main(["--device", "cuda:99", "--output", str(tmp_path / "bench.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --device: cuda:99 ") and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_benchmark_in_one_line(tmp_path, number):
+    output = tmp_path / "bench.json"
+    command = [sys.executable, str(ROOT / "bench.py"), "--device", "cpu", "--parts", "step", "--output", str(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == "measuring step ...\n"
+        time.sleep(1)
+        # a terminal sends Ctrl-C to the whole process group, a job queue SIGTERM to the process
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == f"stopped; {output} has the parts measured so far\n"
+    assert set(json.loads(output.read_text())) == {"machine"}

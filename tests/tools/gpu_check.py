@@ -1,0 +1,704 @@
+"""Check main.py on a GPU and measure how fast it is there, in parts: each a process with a time limit.
+
+    python tests/tools/gpu_check.py --out DIR              on a machine with a GPU (about 4.5 minutes)
+    python tests/tools/gpu_check.py --device cpu --tiny    dry run without a GPU; what needs one is skipped
+
+Does without wandb, optuna and sqlalchemy. Every result is written at once, so that a run that is killed leaves what it
+has measured in DIR/gpu_check.jsonl.
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import cv2
+import numpy as np
+import torch
+from thin_main import thin_resnet50
+from torch.profiler import ProfilerActivity, profile
+
+import resnet_custom
+from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, EpochSampler, make_loader, to_tensor
+from engine import DeviceBatches, Engine, Mixer, RunningMetrics, resize
+from flags import AUGMENTATIONS, TRAIN_LOSSES
+from images.augment import IDENTITY, augment, augment_batch, draw_parameters
+from images.cache import ImageCache
+from images.demo import draw_patch
+from images.folders import ImageIndex, Paths
+from main import main as run_main
+from model import Model, load_checkpoint
+from run.machine import resolve_amp
+from utils import build_loss
+
+os.environ["WANDB_MODE"] = "disabled"
+ROOT = Path(__file__).resolve().parents[2]
+# part: its time limit in seconds; the most important first
+PARTS = {"correct": 60, "resume": 75, "speed": 60, "input": 55, "compile": 110}
+BF16_PEAK = 989e12  # FLOP/s, dense, from the data sheet of the H100 SXM
+GFLOP = 37.0  # forward and backward pass of an image at 224 px (study.benchmark.gflop_per_image)
+SAMPLES_PER_CLS = (1000, 500, 200, 100, 50, 30, 20)
+NUM_CLASSES = len(SAMPLES_PER_CLS)
+KERNEL_KINDS = {  # words in the names of CUDA kernels
+    "batch norm": ("batch_norm", "bn_"),
+    "convolution": ("conv", "gemm", "wgrad", "dgrad", "fprop", "xmma", "cutlass", "implicit"),
+    "optimizer": ("multi_tensor",),
+    "copies": ("copy", "memcpy"),
+}
+
+
+class Log:
+    """Prints each result, and appends it to a file of JSON lines."""
+
+    def __init__(self, path, part):
+        self.path, self.part = Path(path), part
+
+    def __call__(self, name, ok=None, **values):
+        """ok: whether a check passed; None for a measurement."""
+        row = {"part": self.part, "name": name, "ok": ok, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[ok]
+        print(f"{mark} {self.part:8} {name}: {described(values)}", flush=True)
+
+    @contextlib.contextmanager
+    def guarded(self, name):
+        """A context in which an exception is a failed check."""
+        try:
+            yield
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self(name, False, error=f"{type(error).__name__} {str(error)[:300]}", at=where)
+
+
+def described(values):
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def image_batch(count, side, seed=0):
+    """-> images (N, 3, side, side) uint8 noise, targets (N,)"""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return to_tensor(pixels), torch.arange(count) % NUM_CLASSES
+
+
+def new_engine(device, amp=None, loss="cb", lr=1e-4, dropout=0.0, **options):
+    """-> Engine as main.py builds it, with the same initial weights each time"""
+    torch.manual_seed(0)
+    model = Model(NUM_CLASSES, dropout, cosine_head=loss == "ldam")
+    engine = Engine(model, build_loss(loss, SAMPLES_PER_CLS), device, amp, **{"clip_grad": 1.0, **options})
+    engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=lr, fused=True)
+    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1)
+    engine.model.train()
+    return engine
+
+
+# ----------------------------------------------------------------------------------------------------------- correct
+
+
+def part_correct(log, device, tiny):
+    """The same results as on the CPU, no step that makes the host wait, no memory left behind."""
+    is_gpu = device.type == "cuda"
+    amp = resolve_amp("auto", device)
+    log("amp auto", amp is torch.bfloat16 if is_gpu else None, dtype=amp)
+    side = 32 if tiny else 64
+    for check in (check_float32, check_losses, check_augmentation, check_batch_order):
+        with log.guarded(check.__name__):
+            check(log, device, side)
+    for dtype in (None, torch.bfloat16, torch.float16):
+        with log.guarded(f"learns in {dtype}"):
+            check_learning(log, device, side, dtype, *((3, 4) if tiny else (4, 10)))
+    with log.guarded("float16 overflow"):
+        check_overflow(log, device, side)
+    if is_gpu:
+        check_host_syncs(log, device, side)
+        check_reserved_memory(log, device)
+
+
+def check_float32(log, device, side):
+    # TF32 off: the question is whether the code is right, not how exact the format is
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    images, targets = image_batch(16, side)
+    results = []
+    for place in (torch.device("cpu"), device):
+        engine = new_engine(place)
+        logits, loss = engine._logits_and_loss(images.to(place), targets.to(place))
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in engine.model.parameters()])
+        results.append([tensor.detach().double().cpu() for tensor in (logits, loss, gradient)])
+    torch.backends.cudnn.allow_tf32 = True
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    ok = errors[0] < 1e-4 and errors[1] < 1e-4 and errors[2] < 2e-2
+    log("float32 as on the CPU", ok, **dict(zip(("logits", "loss", "gradient"), errors, strict=True)))
+
+
+def check_losses(log, device, side):
+    logits, targets = torch.randn(64, NUM_CLASSES), torch.arange(64) % NUM_CLASSES
+    worst = 0.0
+    for name in TRAIN_LOSSES:
+        criterion = build_loss(name, SAMPLES_PER_CLS)
+        expected = criterion(logits, targets).item()
+        error = abs(criterion.to(device)(logits.to(device), targets.to(device)).item() - expected)
+        worst = max(worst, error / abs(expected))
+    log("losses as on the CPU", worst < 1e-5, worst=worst)
+
+
+def check_augmentation(log, device, side):
+    images, _ = image_batch(32, 224)
+    rng = np.random.default_rng(1)
+    drawn = [IDENTITY, *(draw_parameters(AUGMENTATIONS, rng) for _ in range(31))]
+    parameters = torch.tensor(drawn, dtype=torch.float32)
+    expected = augment_batch(images, parameters)
+    augmented = augment_batch(images.to(device), parameters.to(device)).cpu()
+    gap = (expected.int() - augmented.int()).abs()
+    ok = gap.max().item() <= 1 and torch.equal(augmented[0], images[0])
+    log("augment_batch as on the CPU", ok, largest=gap.max().item(), share=gap.bool().float().mean().item())
+
+    smooth = torch.nn.functional.avg_pool2d(images.float(), 9, 1, 4).to(torch.uint8)
+    augmented = augment_batch(smooth.to(device), parameters.to(device)).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    by_opencv = np.empty_like(augmented)
+    pixels = smooth.permute(0, 2, 3, 1).contiguous().numpy()
+    for out, image, of_image in zip(by_opencv, pixels, parameters.double().tolist(), strict=True):
+        augment(image, tuple(of_image), out=out)
+    gap = np.abs(by_opencv.astype(int) - augmented.astype(int))
+    values = {"mean": float(gap.mean()), "p99": float(np.percentile(gap, 99)), "largest": int(gap.max())}
+    log("augment_batch as OpenCV", gap.mean() < 0.5, **values)
+
+    expected, resized = resize(images, 112), resize(images.to(device), 112).cpu()
+    ok = (expected.int() - resized.int()).abs().max().item() <= 1
+    log("resize as on the CPU", ok, share=(expected != resized).float().mean().item())
+
+
+def check_batch_order(log, device, side):
+    is_gpu = device.type == "cuda"
+    batches = [image_batch(8, 32, seed) for seed in range(40)]
+    if is_gpu:
+        batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
+    arrived = []
+    for batch in DeviceBatches(batches, device):
+        if is_gpu:
+            torch.cuda._sleep(2_000_000)  # the host runs far ahead of the device
+        arrived.append([tensor.clone() for tensor in batch])
+    pairs = zip(arrived, batches, strict=True)
+    ok = all(torch.equal(a.cpu(), b) for batch in pairs for a, b in zip(*batch, strict=True))
+    log("batches arrive whole and in order", ok)
+
+
+def check_learning(log, device, side, amp, epochs, steps):
+    engine = new_engine(device, amp, "ce", 3e-4, dropout=0.1)
+    images, targets = image_batch(32, side)
+    images += (targets * 20).to(images.dtype)[:, None, None, None]
+    rows = [engine.train_one_epoch([(images, targets)] * steps, RunningMetrics(e, device)) for e in range(epochs)]
+    first, last = rows[0]["train_loss"], rows[-1]["train_loss"]
+    log(f"learns in {amp}", last < first, first=first, last=last, scale=engine.scaler.get_scale())
+
+
+def check_overflow(log, device, side):
+    engine = new_engine(device, torch.float16, "ce")
+    engine.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)
+    before = engine.model.head.weight.detach().clone()
+    images, targets = (tensor.to(device) for tensor in image_batch(16, side))
+    engine._step([(images, targets)], RunningMetrics(0, device), None)
+    ok = torch.equal(before, engine.model.head.weight) and engine.scaler.get_scale() == 2.0**39
+    engine.check_weights()
+    log("float16 overflow skips the step and halves the scale", ok)
+
+
+def check_host_syncs(log, device, side):
+    """No operation of a step makes the host wait for the GPU."""
+    configs = {
+        "plain": {}, "no clipping": {"clip_grad": 0.0}, "float16": {"amp": torch.float16}, "ema": {"ema": 0.999},
+        "mixup": {"mixer": Mixer(0.4, 1.0)}, "resized": {"size": 48}, "ldam": {"loss": "ldam"},
+        "ordinal": {"loss": "ordinal"},
+    }  # fmt: skip
+    images, targets = (tensor.to(device) for tensor in image_batch(16, side))
+    parameters = torch.tensor([IDENTITY] * 16, device=device)
+    for name, options in configs.items():
+        options = {"amp": torch.bfloat16, **options}
+        size = options.pop("size", None)
+        engine, metrics = new_engine(device, **options), RunningMetrics(0, device)
+        for _ in range(2):
+            engine._step([(augment_batch(images, parameters), targets)], metrics, size)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine._step([(augment_batch(images, parameters), targets)], metrics, size)
+            log(f"no host sync: {name}", True)
+        except RuntimeError as error:
+            frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            log(f"no host sync: {name}", False, at=frames[-3:], error=str(error)[:100])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def check_reserved_memory(log, device):
+    """Epochs leave no memory behind."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    reserved = []
+    batch = tuple(tensor.pin_memory() for tensor in (*image_batch(128, 224), torch.tensor([IDENTITY] * 128)))
+    for _ in range(12):
+        for _ in DeviceBatches([batch] * 4, device):
+            pass
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved() / 2**20)
+    ok = reserved[-1] <= 1.2 * reserved[1]
+    log("reserved memory is the same after every epoch", ok, mib=[round(mib) for mib in reserved])
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def part_resume(log, device, tiny):
+    """main.py in this process: run twice, interrupted and resumed, out of memory, with and without workers."""
+    if tiny:
+        resnet_custom.resnet50 = thin_resnet50
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        runs = Runs(Path(work), device)
+        everything = ["--use_augmentation", "--augment_all", "--mixup", 0.2, "--ema", 0.99, "--grad_accum", 2]
+        configs = {
+            "bf16": ["--amp", "bf16", "--use_augmentation"],
+            "fp16 with everything": ["--amp", "fp16", *everything],
+            "float32": ["--amp", "off"],
+        }
+        for name, flags in list(configs.items())[: 1 if tiny else None]:
+            with log.guarded(name):
+                check_resume(log, runs, name, flags)
+        if device.type == "cuda":
+            with log.guarded("out of memory"):
+                check_out_of_memory(log, runs)
+        with log.guarded("end"):
+            check_end(log, runs, device, tiny)
+        with log.guarded("workers"):
+            for workers in (0, 2):
+                runs.start(f"workers_{workers}", "--amp", "bf16", "--num_workers", workers, "--use_augmentation")
+            differing = runs.differing("workers_0", "workers_2")
+            log("the results do not depend on the number of workers", not differing, differing=differing[:4])
+
+
+class Runs:
+    """Trainings of main.py in this process, on small drawn images; they can be stopped after a number of steps."""
+
+    def __init__(self, work, device):
+        self.work, self.device, self._steps_left = work, device, 0
+        for grade, count in enumerate((60, 30, 20)):
+            folder = work / "data" / str(grade)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                patch = draw_patch(grade, np.random.default_rng((grade, number)), 72)
+                cv2.imwrite(str(folder / f"{number}.png"), patch)
+        real_step = Engine._step
+
+        def step(engine, *args):
+            real_step(engine, *args)
+            self._steps_left -= 1
+            if self._steps_left == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+        Engine._step = step
+        self.cache_flags = ["--cache_dir", work / "cache"]
+        self.data_flags = ["--data_dirs", work / "data", "--no-pretrained", "--image_size", 64]
+        self.data_flags += ["--batch_size", 16, "--epochs", 2]
+
+    def start(self, name, *flags, stop_after=0):
+        """-> exit status. stop_after: number of optimizer steps, 0 for all."""
+        self._steps_left = stop_after
+        shared = [*self.cache_flags, "--num_workers", 2, "--device", self.device]
+        if "--resume" not in flags:
+            shared += [*self.data_flags, "--lr", 1e-3, "--run_dir", self.work / name]
+        return run_main([str(flag) for flag in (*shared, *flags)])
+
+    def differing(self, first, second):
+        """-> names of what differs between the last checkpoints of two runs"""
+        a, b = (load_checkpoint(self.work / name / "last_model.pth") for name in (first, second))
+        names = [k for k, v in a["model_state_dict"].items() if not torch.equal(v, b["model_state_dict"][k])]
+        for key, state in a["optimizer_state_dict"]["state"].items():
+            other = b["optimizer_state_dict"]["state"][key]
+            names += [f"optimizer {key} {k}" for k, v in state.items() if not torch.equal(v, other[k])]
+        for kind in ("cpu", "cuda"):
+            states = [c["rng_state"][kind] if kind == "cuda" else [c["rng_state"][kind]] for c in (a, b)]
+            names += [f"random state {kind}"] * (not all(map(torch.equal, *states)))
+        times = ("seconds", "images_per_second", "input_wait")
+        rows = [[{k: v for k, v in row.items() if k not in times} for row in c["history"]] for c in (a, b)]
+        return names + ["history"] * (rows[0] != rows[1])
+
+
+def check_resume(log, runs, name, flags):
+    started = time.perf_counter()
+    statuses = runs.start(f"{name}_a", *flags), runs.start(f"{name}_b", *flags)
+    seconds = (time.perf_counter() - started) / 2
+    differing = runs.differing(f"{name}_a", f"{name}_b") if statuses == (0, 0) else ["exit status"]
+    log(f"{name}: two runs are equal bit for bit", not differing, seconds=seconds, differing=differing[:4])
+
+    stopped = runs.start(f"{name}_c", *flags, stop_after=3)
+    resumed = runs.start(f"{name}_c", "--resume", runs.work / f"{name}_c" / "last_model.pth")
+    statuses = stopped, resumed
+    differing = runs.differing(f"{name}_a", f"{name}_c") if statuses == (143, 0) else ["exit status"]
+    log(f"{name}: stopped and resumed, equal bit for bit", not differing, status=statuses, differing=differing[:4])
+
+
+def check_out_of_memory(log, runs):
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = runs.start("large", "--batch_size", 100, "--image_size", 512)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    ok = status == 2 and "--batch_size" in errors.getvalue()
+    log("out of memory is one line that names --batch_size", ok, stderr=errors.getvalue()[-160:])
+
+
+def check_end(log, runs, device, tiny):
+    """main.py in its own process, with as many workers as a user gets, ends soon after its last line."""
+    program = ROOT / ("tests/tools/thin_main.py" if tiny else "main.py")
+    flags = [*runs.cache_flags, *runs.data_flags, "--device", device, *["--num_workers", 2] * tiny]
+    command = [str(word) for word in (sys.executable, "-u", program, *flags, "--run_dir", runs.work / "ends")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = math.nan
+    for line in process.stdout:
+        if line.startswith("results saved to"):
+            done = time.perf_counter()
+    errors = process.stderr.read()
+    status, seconds = process.wait(), time.perf_counter() - done
+    ok = status == 0 and seconds < 8 and "Traceback" not in errors
+    log("a finished run ends at once, without errors", ok, seconds=seconds, status=status, stderr=errors[-200:])
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def timed(step, steps, device, rounds=3):
+    """-> (seconds per step, median of the rounds; seconds that the host needs to launch one)"""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    whole, host = [], []
+    for _ in range(rounds):
+        wait()
+        started = time.perf_counter()
+        step()
+        step()  # two steps do not fill the queue of launches
+        host.append((time.perf_counter() - started) / 2)
+        wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait()
+        whole.append((time.perf_counter() - started) / steps)
+    return statistics.median(whole), min(host)
+
+
+def speed_values(images, seconds, host):
+    rate = images / seconds
+    share = rate * GFLOP * 1e9 / BF16_PEAK
+    return {"images_s": rate, "ms_per_step": 1e3 * seconds, "ms_host": 1e3 * host, "mfu_of_989": share}
+
+
+def matrix_peak(log, device, tiny):
+    """-> FLOP/s of a bfloat16 matrix product"""
+    n = 512 if tiny else 8192
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    for _ in range(3):
+        a @ b
+    seconds, _ = timed(lambda: a @ b, 10, device)
+    source = torch.empty((1 << 20) if tiny else (1 << 31), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_seconds, _ = timed(lambda: target.copy_(source), 10, device)
+    peak = 2 * n**3 / seconds
+    log("peaks", bf16_tflops=peak / 1e12, copy_tb_s=2 * source.numel() / copy_seconds / 1e12)
+    return peak
+
+
+def part_speed(log, device, tiny):
+    """Training steps on images that are on the device already."""
+    peak = matrix_peak(log, device, tiny)
+    cudnn, bf16 = torch.backends.cudnn, torch.bfloat16
+    cudnn.deterministic = True  # as in main.py
+    for batch in (2,) if tiny else (32, 64, 128, 256):
+        measure_step(log, device, tiny, peak, f"bf16, batch {batch}", batch, bf16)
+    if device.type != "cuda" or tiny:
+        return
+    for batch in (256, 32):
+        measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
+    measure_step(log, device, tiny, peak, "fp16, batch 256", 256, torch.float16)
+    measure_step(log, device, tiny, peak, "float32 (TF32 convolutions), batch 128", 128, None, steps=8)
+    for cudnn.benchmark, cudnn.deterministic in ((False, False), (True, False), (True, True)):
+        name = f"bf16, batch 256, benchmark {cudnn.benchmark}, deterministic {cudnn.deterministic}"
+        measure_step(log, device, tiny, peak, name, 256, bf16)
+    cudnn.benchmark = False
+    with log.guarded("profile"):
+        profile_step(log, device)
+    for batch in (32, 64):
+        with log.guarded(f"CUDA graph, batch {batch}"):
+            measure_captured_step(log, device, batch)
+
+
+def measure_step(log, device, tiny, peak, name, batch, amp, steps=None, **options):
+    with log.guarded(name):
+        engine = new_engine(device, amp, dropout=0.3, **options)
+        images, targets = (tensor.to(device) for tensor in image_batch(batch, 32 if tiny else 224))
+        metrics = RunningMetrics(0, device)
+
+        def step():
+            engine._step([(images, targets)], metrics, None)
+            if metrics.unchecked >= 10:
+                metrics.check()
+
+        for _ in range(1 if tiny else 4):
+            step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        steps = 2 if tiny else steps or max(6, min(40, 4000 // batch))
+        values = speed_values(batch, *timed(step, steps, device, 1 if tiny else 3))
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        log(name, **values, mfu_of_measured=values["images_s"] * GFLOP * 1e9 / peak, gib=memory)
+
+
+def profile_step(log, device):
+    engine, metrics = new_engine(device, torch.bfloat16, dropout=0.3), RunningMetrics(0, device)
+    batch = tuple(tensor.to(device) for tensor in image_batch(256, 224))
+    for _ in range(3):
+        engine._step([batch], metrics, None)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(2):
+            engine._step([batch], metrics, None)
+        torch.cuda.synchronize()
+    kernels = [(e.self_device_time_total / 2e3, e.count // 2, e.key[:70]) for e in profiled.key_averages()]
+    kinds = {}
+    for ms, _, key in kernels:
+        kind = next(
+            (kind for kind, words in KERNEL_KINDS.items() if any(w in key.lower() for w in words)), "elementwise"
+        )
+        kinds[kind] = round(kinds.get(kind, 0) + ms, 3)
+    log("profile, ms per step at batch 256", **kinds, kernels=sum(count for _, count, _ in kernels))
+    for ms, count, key in sorted(kernels, reverse=True)[:12]:
+        log("kernel", ms=ms, count=count, key=key)
+
+
+def measure_captured_step(log, device, batch):
+    """What a step in a CUDA graph would reach where launching kernels is the limit."""
+    engine = new_engine(device, torch.bfloat16, dropout=0.3)
+    images, targets = (tensor.to(device) for tensor in image_batch(batch, 224))
+    parameters = list(engine.model.parameters())
+    engine.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=True)
+
+    def step():
+        engine.optimizer.zero_grad(set_to_none=True)
+        _, loss = engine._logits_and_loss(images, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        engine.optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    seconds, _ = timed(graph.replay, 30, device)
+    log(f"captured step, batch {batch}", images_s=batch / seconds, ms_per_step=1e3 * seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------- input
+
+
+def part_input(log, device, tiny):
+    """From the cache of decoded images to the trained step."""
+    torch.backends.cudnn.deterministic = True
+    side, count = (32, 64) if tiny else (224, 8192)
+    log("machine", cores=os.cpu_count(), shm_gib=shutil.disk_usage("/dev/shm").total // 2**30)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        originals = DoubleSkinDataset(cached_noise(Path(work), side, count), side)
+        dataset = AugmentedSkinDataset(originals, 1, on_device=device.type == "cuda", augment_all=True)
+        for batch in (8,) if tiny else (32, 256):
+            for workers in (0, 1) if tiny else (0, 2, 4, 8, 14):
+                with log.guarded(f"loader alone, batch {batch}, {workers} workers"):
+                    measure_loader(log, device, dataset, batch, workers)
+        for batch, workers in ((8, 0),) if tiny else ((256, 8), (128, 8), (32, 8), (256, 4)):
+            with log.guarded(f"an epoch, batch {batch}, {workers} workers"):
+                engine = measure_epochs(log, device, dataset, batch, workers)
+                if tiny or (batch, workers) == (256, 8):
+                    measure_end_of_epoch(log, device, engine, originals, batch, workers)
+
+
+def cached_noise(folder, side, count):
+    """-> ImageIndex whose images are noise in a cache of decoded images"""
+    noise = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), dtype=np.uint8)
+    with open(folder / "noise.pixels", "wb") as file:
+        for _ in range(count // 64):
+            file.write(noise)
+    cache = ImageCache(folder, side)
+    cache.folder, cache._pixel_file, cache._shape = folder, "noise.pixels", (count, side, side, 3)
+    paths, classes = Paths(f"/d/{i % NUM_CLASSES}/{i}.jpg" for i in range(count)), [str(c) for c in range(NUM_CLASSES)]
+    return ImageIndex(paths, np.arange(count) % NUM_CLASSES, classes, np.arange(count), cache)
+
+
+def training_batches(device, dataset, batch, workers):
+    sampler = EpochSampler(dataset, 0)
+    return make_loader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda")
+
+
+def measure_loader(log, device, dataset, batch, workers):
+    started = time.perf_counter()
+    iterator = iter(training_batches(device, dataset, batch, workers))
+    next(iterator)
+    first = time.perf_counter() - started
+    started, images = time.perf_counter(), 0
+    for _, targets, *_ in iterator:
+        images += len(targets)
+        if time.perf_counter() - started > 2:
+            break
+    rate = images / (time.perf_counter() - started)
+    log(f"loader alone, batch {batch}, {workers} workers", images_s=rate, first_batch_s=first)
+
+
+def measure_epochs(log, device, dataset, batch, workers):
+    """-> the engine that was trained"""
+    engine = new_engine(device, torch.bfloat16, dropout=0.3)
+    batches = training_batches(device, dataset, batch, workers)
+    for epoch in range(2):
+        batches.sampler.set_epoch(epoch)
+        row = engine.train_one_epoch(batches, RunningMetrics(epoch, device))
+    name = f"an epoch from the cache, augmented on the device, batch {batch}, {workers} workers"
+    log(name, images_s=row["images_per_second"], input_wait=row["input_wait"])
+    return engine
+
+
+def measure_end_of_epoch(log, device, engine, originals, batch, workers):
+    """Evaluation, and a checkpoint into memory."""
+    batches = make_loader(originals, 2 * batch, num_workers=workers, pin_memory=device.type == "cuda")
+    for _ in range(2):  # the first starts the workers
+        started = time.perf_counter()
+        engine.evaluate(batches, "val")
+    log("evaluation", images_s=len(originals) / (time.perf_counter() - started))
+
+    started, buffer = time.perf_counter(), io.BytesIO()
+    torch.save({"model": engine.model.state_dict(), "optimizer": engine.optimizer.state_dict()}, buffer)
+    seconds = time.perf_counter() - started
+    log("a checkpoint into memory", seconds=seconds, mb=buffer.getbuffer().nbytes / 1e6)
+
+
+# ----------------------------------------------------------------------------------------------------------- compile
+
+
+def part_compile(log, device, tiny):
+    """torch.compile: the same loss, how long it takes, how fast the steps are."""
+    if tiny:
+        resnet_custom.resnet50 = thin_resnet50
+    torch.backends.cudnn.deterministic = True
+    for mode, batch in ((None, 4),) if tiny else ((None, 256), (None, 32), ("reduce-overhead", 32)):
+        name = f"compiled ({mode or 'default'}), batch {batch}"
+        with log.guarded(name):
+            measure_compiled_step(log, device, tiny, name, mode, batch)
+
+
+def measure_compiled_step(log, device, tiny, name, mode, batch):
+    torch._dynamo.reset()
+    engine, metrics = new_engine(device, torch.bfloat16), RunningMetrics(0, device)
+    images, targets = (tensor.to(device) for tensor in image_batch(batch, 32 if tiny else 224))
+    eager = engine._logits_and_loss(images, targets)[1].item()
+    engine.model.compile(**({"mode": mode} if mode else {}))
+    started = time.perf_counter()
+    _, loss = engine._logits_and_loss(images, targets)
+    loss.backward()
+    loss = loss.item()
+    compile_s = time.perf_counter() - started
+
+    def step():
+        if mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        engine._step([(images, targets)], metrics, None)
+
+    for _ in range(4):
+        step()
+    values = speed_values(batch, *timed(step, 2 if tiny else max(8, min(40, 4000 // batch)), device))
+    log(name, abs(loss - eager) < 0.05 * abs(eager), **values, compile_s=compile_s, loss=loss, eager=eager)
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu_check", metavar="DIR", help="results are saved here [gpu_check]")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu [cuda]")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and a thin network, for a dry run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="[all]")
+    parser.add_argument("--limit", type=float, default=285, help="seconds for all parts together on a GPU [285]")
+    return parser
+
+
+def run_part(part, args, results):
+    """Never returns: torch would wait 5 s at the exit for each worker that is still there."""
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    log = Log(results, part)
+    with log.guarded(part):
+        globals()[f"part_{part}"](log, torch.device(args.device), args.tiny)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def run_in_process(part, args, results, limit):
+    """-> exit status, None if it was killed at its time limit"""
+    started = time.perf_counter()
+    process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, args, results))
+    process.start()
+    process.join(limit)
+    status = process.exitcode
+    if status is None:
+        process.kill()
+        process.join()
+    print(f"---- {part}: {time.perf_counter() - started:.0f} s, status {status}", flush=True)
+    return status
+
+
+def main(argv=None):
+    """-> exit status: 0 if every check passed and every part finished, else 1"""
+    args = build_parser().parse_args(argv)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    results = Path(args.out, "gpu_check.jsonl")
+    results.unlink(missing_ok=True)
+    started, statuses, is_gpu = time.perf_counter(), [], args.device.startswith("cuda")
+    for part in args.parts:
+        seconds_left = args.limit - (time.perf_counter() - started)
+        if is_gpu and seconds_left < 15:
+            print(f"skipped for lack of time: {part}")
+            statuses.append(None)
+        else:
+            limit = min(seconds_left, PARTS[part]) if is_gpu else 600
+            statuses.append(run_in_process(part, args, results, limit))
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    failed = [row for row in rows if row["ok"] is False]
+    print(f"==== {sum(row['ok'] is True for row in rows)} checks passed, {len(failed)} failed")
+    for row in failed:
+        print("FAIL", described({name: value for name, value in row.items() if name != "ok"}))
+    for row in (row for row in rows if "images_s" in row):
+        names = ("mfu_of_989", "ms_host", "input_wait", "compile_s", "gib")
+        more = described({name: row[name] for name in names if name in row})
+        print(f"| {row['part']} | {row['name']} | {row['images_s']:.0f} images/s | {more} |")
+    return 1 if failed or any(status != 0 for status in statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

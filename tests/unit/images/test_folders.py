@@ -1,0 +1,112 @@
+"""Class folders and lists of paths."""
+
+import os
+
+import numpy as np
+import pytest
+from helpers import write_class_folders, write_images
+from PIL import Image
+
+from images.decode import read_image
+from images.folders import Paths, check_duplicates, index_folders, natural_key
+from run.cli import UserError
+
+
+def test_classes_are_in_natural_order():
+    names = ["10", "2", "grade 10", "1", "grade 9", "주름", "0"]
+    assert sorted(names, key=natural_key) == ["0", "1", "2", "10", "grade 9", "grade 10", "주름"]
+
+
+def test_several_folders_are_merged_class_by_class(tmp_path):
+    write_class_folders(tmp_path / "a", {"0": 2, "10": 3})
+    write_class_folders(tmp_path / "b", {"10": 1, "2": 4})
+    index = index_folders([tmp_path / "a", tmp_path / "b"])
+    assert index.classes == ["0", "2", "10"]
+    assert index.counts().tolist() == [2, 4, 4]
+    assert all(index.classes[t] == path.split(os.sep)[-2] for path, t in zip(index.paths, index.targets, strict=True))
+
+
+def test_nested_folders_unusual_names_and_all_extensions_are_found(tmp_path):
+    names = ["왼쪽 볼/사진 1.JPG", "a [b] (c)/x.jpeg", "x.png", "y.Bmp", "z.webp", "q.tif", "r.TIFF"]
+    for name in names:
+        path = tmp_path / "1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    write_images(tmp_path / "0", 1)
+    (tmp_path / "1" / "notes.txt").write_text("not an image")
+    (tmp_path / "1" / "._x.jpg").write_text("left by macOS")
+    (tmp_path / ".cache").mkdir()
+    index = index_folders([tmp_path])
+    found = {
+        os.path.relpath(path, tmp_path / "1") for path, t in zip(index.paths, index.targets, strict=True) if t == 1
+    }
+    assert found == set(names)
+    assert all(read_image(path, 8).shape == (8, 8, 3) for path in index.paths)
+
+
+def test_a_class_name_in_composed_and_decomposed_hangul_is_the_same_class(tmp_path):
+    composed, decomposed = "주름", "\u110c\u116e\u1105\u1173\u11b7"
+    write_images(tmp_path / "a" / composed, 1)
+    write_images(tmp_path / "a" / "0", 1)
+    write_images(tmp_path / "b" / decomposed, 2)
+    assert index_folders([tmp_path / "a", tmp_path / "b"]).counts().tolist() == [1, 3]
+
+
+def test_a_link_to_a_parent_folder_is_followed_once(tmp_path):
+    write_class_folders(tmp_path, {"0": 2, "1": 2})
+    (tmp_path / "0" / "loop").symlink_to(tmp_path / "0", target_is_directory=True)
+    assert len(index_folders([tmp_path])) == 4
+
+
+def test_files_are_sorted_in_every_file_system(tmp_path):
+    write_class_folders(tmp_path, {"0": 9, "1": 2})
+    os.rename(tmp_path / "0" / "004.png", tmp_path / "0" / "moved")
+    os.rename(tmp_path / "0" / "moved", tmp_path / "0" / "004.png")
+    paths = list(index_folders([tmp_path]).paths)
+    assert paths == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        ({}, "does not exist"),
+        ({"x/a.txt": 0}, "skipped|no images"),
+        ({"a.png": 1}, "contains images, not class folders: pass its parent folder"),
+        ({"0/a.png": 1, "1/b.txt": 1}, "class '1' has no images"),
+        ({"0/a.png": 1}, "found only one class, '0'"),
+        ({"note.txt": 1}, "contains no class folders"),
+    ],
+)
+def test_folders_without_class_folders_are_rejected(tmp_path, layout, message):
+    for name in layout:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"--data_dirs: .*({message})"):
+        index_folders([tmp_path / "data"])
+
+
+def test_classes_that_differ_from_training_are_rejected(tmp_path):
+    write_class_folders(tmp_path, {"0": 1, "7": 1})
+    with pytest.raises(UserError, match=r"--val_dirs: class '7' .* not one of the classes 0, 1"):
+        index_folders([tmp_path], ["0", "1"], "--val_dirs")
+    with pytest.raises(UserError, match="--test_dirs: class '2' has no images"):
+        index_folders([tmp_path], ["0", "2", "7"], "--test_dirs")
+    assert index_folders([tmp_path], ["0", "2", "7"], "--test_dirs", allow_missing=True).counts().tolist() == [1, 0, 1]
+
+
+def test_an_image_listed_twice_is_rejected_also_through_a_link(tmp_path):
+    write_class_folders(tmp_path / "a", {"0": 1, "1": 1})
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    index = index_folders([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match=r"--test_dirs: .*listed twice"):
+        check_duplicates(index.paths, "--test_dirs")
+
+
+def test_paths_are_restored_exactly_even_if_they_are_not_utf8():
+    names = ["/a/0/x.jpg", "/a/주름/왼쪽.jpg", os.fsdecode(b"/a/\xff\xfe.png"), "", "/b/y.jpg"]
+    paths = Paths(names)
+    assert list(paths) == names == [paths[i] for i in range(5)] and len(paths) == 5
+    assert paths[-1] == "/b/y.jpg" and list(paths[np.array([4, 0])]) == ["/b/y.jpg", "/a/0/x.jpg"]
+    assert list(Paths() + paths + Paths(["z"])) == [*names, "z"] and list(paths.first(2)) == names[:2]
+    with pytest.raises(IndexError):
+        paths[5]

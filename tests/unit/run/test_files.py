@@ -1,0 +1,77 @@
+"""The files of a run: atomic writes, history, predictions, and YAML input."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+
+from run.cli import UserError
+from run.files import HISTORY_COLUMNS, atomic_write, read_yaml, write_history, write_predictions
+
+
+def test_a_failed_write_leaves_the_previous_file_intact(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("previous")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_history_has_one_row_per_epoch_with_columns_in_the_documented_order(tmp_path):
+    rows = [dict.fromkeys(HISTORY_COLUMNS, 0.1 + epoch) | {"epoch": epoch, "input_wait": 0.5} for epoch in range(4)]
+    write_history(tmp_path / "history.csv", rows)
+    with open(tmp_path / "history.csv", newline="") as file:
+        read_back = list(csv.DictReader(file))
+    assert tuple(read_back[0]) == HISTORY_COLUMNS
+    assert [row["epoch"] for row in read_back] == ["0", "1", "2", "3"]
+    assert float(read_back[1]["val_macro_f1"]) == 1.1
+
+
+def test_predictions_use_class_names_and_keep_unusual_paths(tmp_path):
+    unusual_path = "/a b/주름, [1]/\udcff.jpg"  # a file name that is not valid UTF-8
+    write_predictions(
+        tmp_path / "p.csv", [unusual_path, "/x.jpg"], np.array([0, 1]), np.array([[0.7, 0.3], [0.6, 0.4]]), ["0", "3"]
+    )
+    with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["path", "label", "prediction", "correct", "prob_0", "prob_3"],
+        [unusual_path, "0", "0", "1", "0.7", "0.3"],
+        ["/x.jpg", "3", "0", "0", "0.6", "0.4"],
+    ]
+
+
+def test_the_previous_file_is_kept_even_if_both_names_were_one_file(tmp_path):
+    path, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    path.write_text("1")
+    os.link(path, previous)
+    for content, previous_content in (("2", "1"), ("3", "2")):
+        with atomic_write(path, previous="previous.pth") as file:
+            file.write(content)
+        assert (path.read_text(), previous.read_text()) == (content, previous_content)
+        assert sorted(tmp_path.iterdir()) == [path, previous]
+
+
+def test_yaml_errors_name_the_flag_and_the_file(tmp_path):
+    path = tmp_path / "grid.yaml"
+    for content, message in {
+        "a: [": "is not valid YAML",
+        "a: 1\nb: 2\na: 3": "a is listed twice",
+        "a: {b: 1, b: 2}": "b is listed twice",
+        "a: [{b: 1}, {b: 1, c: 2, c: 2}]": "c is listed twice",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"^--grid: {path}.* {message}"):
+            read_yaml(path, "--grid")
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(UserError, match=f"^{path} is not valid YAML"):
+        read_yaml(path)
+    with pytest.raises(UserError, match=r"gone\.yaml cannot be read: No such file"):
+        read_yaml(tmp_path / "gone.yaml")
+    path.write_text("a: &x {b: [1, {b: 2}]}\nc: *x\nd: &y [*y]\n한글: é")
+    assert read_yaml(path)["c"] == {"b": [1, {"b": 2}]} and read_yaml(path)["한글"] == "é"
+    path.write_text("")
+    assert read_yaml(path) is None

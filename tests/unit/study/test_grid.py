@@ -1,0 +1,31 @@
+"""The methods of an ablation, and shares of their epochs."""
+
+import pytest
+from helpers import ROOT
+
+from flags import parse_flags
+from run.cli import UserError
+from study.grid import GRID, check_flags, common_flags, read_grid, with_epochs
+
+
+def test_a_share_of_the_epochs_becomes_a_number():
+    flags = "--train_loss ldam --drw_epoch 0.8E --wandb_name 0.8"
+    assert with_epochs(flags, 30) == [*flags.replace("0.8E", "24").split(), "--epochs", "30"]
+    for share, epochs in (("0.8E", 2), ("0.1E", 4)):  # all of the epochs, or none
+        with pytest.raises(UserError, match=f"^{share}: .* of {epochs} epochs; increase --epochs$"):
+            with_epochs(f"--drw_epoch {share}", epochs)
+
+
+@pytest.mark.parametrize("path", [None, *sorted((ROOT / "grids").glob("*.yaml"))], ids=str)
+def test_every_grid_of_the_project_has_flags_of_main(path):
+    grid = read_grid(path)
+    check_flags(["--data_dirs", "photographs"], grid, epochs=30)
+    assert len(set(grid.values())) == len(grid) > 1
+
+
+def test_the_default_methods_differ_in_what_they_claim():
+    flags = {name: parse_flags([*common_flags(["--data_dirs", "x"]), *with_epochs(GRID[name], 30)]) for name in GRID}
+    for name, args in flags.items():
+        assert args.augment_all and args.wandb_mode == "disabled"
+        assert args.use_augmentation == ("oversampling" in name or "augmented" in name)
+        assert (args.train_loss == "cb") == (name in ("CB focal", "CB focal + oversampling"))

@@ -1,0 +1,83 @@
+"""A search without its trials: the flags it makes, the settings of its study, and a storage that does not respond."""
+
+import argparse
+import os
+import signal
+import threading
+
+import pytest
+import sqlalchemy
+import yaml
+
+import study.process
+from run.cli import UserError
+from run.folder import locked
+from run.signals import Signals, Stopped
+from study.optuna_search import IN_USE, Search, is_process, sqlite_url
+from study.sweep_yaml import read_sweep
+
+SWEEP = {
+    "method": "random",
+    "metric": {"name": "val_balanced_acc", "goal": "maximize"},
+    "parameters": {"learning_rate": {"min": 1e-4, "max": 1e-2}, "gamma": {"values": [1, 2]}, "epochs": {"value": 7}},
+}
+
+
+def open_search(folder, *main_flags, storage=None, **changes):
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}))
+    config = read_sweep(folder / "sweep.yaml", {"learning_rate", "gamma", "epochs"})
+    own_flags = {"trials": 1, "jobs": 1, "search_dir": str(folder / "found"), "study": None, "search_seed": 0}
+    return Search(argparse.Namespace(**own_flags, storage=storage), list(main_flags), config)
+
+
+def test_flags_of_the_command_line_replace_those_of_the_sweep(tmp_path):
+    search = open_search(tmp_path, "--gamma", "3", "--data_dirs", "a", "b")
+    assert set(search.config.searched()) == {"learning_rate"} and search.epochs == 7
+    flags = ["--epochs=7", "--learning_rate=0.1", "--best_metric", "val_balanced_acc"]
+    assert search.command_flags({"learning_rate": 0.1}) == [*flags, "--gamma", "3", "--data_dirs", "a", "b"]
+
+
+def test_a_study_continues_with_the_settings_that_it_was_started_with(tmp_path):
+    open_search(tmp_path, "--data_dirs", "a", "--gamma", "3")
+    open_search(tmp_path, "--data_dirs", "a", "--gamma=3.0", "--num_workers", "2")  # which changes no result
+    for flags, words in {
+        ("--data_dirs", "a", "--gamma", "4"): r"\(--gamma: 3\.0, now 4\.0\)",
+        ("--data_dirs", "a", "--gamma", "3", "--beta", "0.9"): r"\(--beta: 0\.999, now 0\.9\)",
+        ("--data_dirs", "b", "--gamma", "3"): r"\(--data_dirs",
+    }.items():
+        with pytest.raises(UserError, match=f"^--search_dir: the study found was started with other settings {words}"):
+            open_search(tmp_path, *flags)
+    with pytest.raises(UserError, match=r"\(method: random, now bayes\); choose another --search_dir$"):
+        open_search(tmp_path, "--data_dirs", "a", "--gamma", "3", method="bayes")
+
+
+def test_machines_that_share_a_storage_may_have_the_images_elsewhere(tmp_path):
+    storage = sqlite_url(tmp_path / "shared.db")
+    open_search(tmp_path, "--data_dirs", "a", storage=storage)
+    open_search(tmp_path, "--data_dirs", "b", storage=storage)
+    with pytest.raises(UserError, match=r"choose another --search_dir or --study$"):
+        open_search(tmp_path, "--data_dirs", "b", "--beta", "0.9", storage=storage)
+
+
+def test_a_signal_ends_the_search_even_if_the_storage_does_not_respond(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study.process, "POLL_SECONDS", 0.05)
+    search = open_search(tmp_path)
+
+    def fail(*_, **__):
+        raise sqlalchemy.exc.OperationalError("select", {}, Exception("the database is locked"))
+
+    monkeypatch.setattr(search.study, "get_trials", fail)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), Signals() as signals:
+        search.run_trials(signals)
+    assert capsys.readouterr().out.count("warning: the storage does not respond") == 1
+
+
+def test_a_trial_whose_folder_is_in_use_is_recognized_by_the_error_of_main(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=IN_USE), locked(tmp_path):
+        pass
+
+
+def test_whether_a_process_runs():
+    assert is_process(os.getpid()) and is_process(1)
+    assert not is_process(2**22 + 1)  # above the highest id of Linux

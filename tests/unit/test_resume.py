@@ -1,0 +1,73 @@
+"""Which checkpoint a run resumes from."""
+
+import pytest
+import torch
+from helpers import write_checkpoint
+
+import resume
+from engine import RunningMetrics
+from flags import parse_flags
+from model import load_checkpoint
+from run.cli import Damaged, UserError
+from run.saver import BEST, LAST, PREVIOUS
+
+
+@pytest.mark.parametrize("position", [None, RunningMetrics(1, "cpu").position()])
+def test_a_best_model_newer_than_the_checkpoint_is_kept_until_its_epoch_is_repeated(copied_run, position):
+    """As after falling back to the previous checkpoint, saved at the end of an epoch or within it."""
+    last, best = load_checkpoint(copied_run / LAST), load_checkpoint(copied_run / BEST)
+    first_epoch = {"epoch": 0, "best_epoch": 0, "best_metric": best["best_metric"] / 2, "history": last["history"][:1]}
+    previous = {**last, **first_epoch, "position": position}
+    newer_best = {**best, "epoch": 1, "best_epoch": 1, "history": last["history"]}
+    write_checkpoint(copied_run / BEST, newer_best)
+    expected = best["best_metric"], 1
+    assert resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run) == expected
+    # the repeated epoch is slightly worse: the stored model is still the best and is not overwritten
+    repeated = {**last, "epoch": 1, "best_epoch": 1, "best_metric": best["best_metric"], "position": None}
+    assert resume.settle_best_model(repeated, copied_run / LAST, copied_run) == expected
+    assert load_checkpoint(copied_run / BEST)["history"] == newer_best["history"]
+    write_checkpoint(copied_run / BEST, {**newer_best, "history": [{**last["history"][0], "train_loss": 7.0}]})
+    if position:
+        with pytest.raises(UserError, match="is not the best model of"):
+            resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run)
+    else:  # the checkpoint itself is the best model
+        assert resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run) == (best["best_metric"] / 2, 0)
+
+
+def test_running_out_of_memory_is_not_reported_as_damage(copied_run, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(UserError, match="too little memory") as caught:
+        resume.find_checkpoint(copied_run)
+    assert not isinstance(caught.value, Damaged)
+
+
+def test_resuming_reads_the_checkpoint_once(copied_run, monkeypatch):
+    loaded = []
+
+    def counted_load(path, *rest):
+        loaded.append(path)
+        return load_checkpoint(path, *rest)
+
+    monkeypatch.setattr(resume, "load_checkpoint", counted_load)
+    command = ["--resume", str(copied_run / LAST), "--epochs", "3"]
+    with resume.open_run(parse_flags(command), command) as (args, checkpoint):
+        assert (args.epochs, args.use_augmentation, checkpoint["epoch"]) == (3, True, 1)
+    assert loaded == [str(copied_run / LAST)]
+
+
+def test_a_checkpoint_that_changed_before_its_folder_was_locked_is_reread(copied_run, monkeypatch):
+    last = load_checkpoint(copied_run / LAST)
+
+    def load_before_another_save(path, *rest):
+        checkpoint = load_checkpoint(path, *rest)
+        if checkpoint["epoch"] == 1:  # another process saves before this one holds the lock
+            write_checkpoint(copied_run / LAST, {**last, "epoch": 2})
+        return checkpoint
+
+    monkeypatch.setattr(resume, "load_checkpoint", load_before_another_save)
+    command = ["--resume", str(copied_run / LAST), "--epochs", "4"]
+    with resume.open_run(parse_flags(command), command) as (_, checkpoint):
+        assert checkpoint["epoch"] == 2
