@@ -267,8 +267,6 @@ def check_reserved_memory(log, device):
 
 def part_resume(log, device, tiny):
     """main.py in this process: run twice, interrupted and resumed, out of memory, with and without workers."""
-    if tiny:
-        resnet_custom.resnet50 = thin_resnet50
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         runs = Runs(Path(work), device)
         everything = ["--use_augmentation", "--augment_all", "--mixup", 0.2, "--ema", 0.99, "--grad_accum", 2]
@@ -602,8 +600,6 @@ def measure_end_of_epoch(log, device, engine, originals, batch, workers):
 
 def part_compile(log, device, tiny):
     """torch.compile: the same loss, how long it takes, how fast the steps are."""
-    if tiny:
-        resnet_custom.resnet50 = thin_resnet50
     torch.backends.cudnn.deterministic = True
     for mode, batch in ((None, 4),) if tiny else ((None, 256), (None, 32), ("reduce-overhead", 32)):
         name = f"compiled ({mode or 'default'}), batch {batch}"
@@ -651,6 +647,8 @@ def run_part(part, args, results):
     """Never returns: torch would wait 5 s at the exit for each worker that is still there."""
     if args.device == "cpu":
         torch.set_num_threads(1)
+    if args.tiny:
+        resnet_custom.resnet50 = thin_resnet50
     log = Log(results, part)
     with log.guarded(part):
         globals()[f"part_{part}"](log, torch.device(args.device), args.tiny)

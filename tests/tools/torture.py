@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums must not depend on the number of threads
+os.environ["WANDB_MODE"] = "disabled"  # else each run has its own W&B id
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
