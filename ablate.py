@@ -38,13 +38,13 @@ def run(argv: list[str]) -> None:
     from run.folder import own_folder
     from run.signals import Signals
     from study.ablation import check_same_start, plan_runs, train_runs
-    from study.comparison import write_results
+    from study.comparison import write_comparison
 
     with Signals() as signals, own_folder(args.ablate_dir, "--ablate_dir") as folder:
         runs, num_images = plan_runs(args, main_flags, grid, folder)
         check_same_start(folder / "ablation.json", runs, num_images)
         train_runs(runs, args.jobs, signals)
-        write_results(folder, runs, baseline, args.seeds)
+        write_comparison(folder, runs, baseline, args.seeds)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from images.augment import augment_batch
+from images.augment import augment_batch, resize
 from model import Model
 from run.cli import UserError, progress_bar
 from run.machine import name_hardware_errors, resolve_amp
 
 CHECK_EVERY = 10  # steps between two checks of the loss
-
-
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, antialiased."""
-    if images.shape[-1] == size:
-        return images
-    resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return resized.round_().to(torch.uint8)
 
 
 class DeviceBatches:

@@ -54,16 +54,16 @@ FOLDER_FLAGS = ("data_dirs", "val_dirs", "test_dirs")
 
 def build_parser() -> Parser:
     parser = Parser("main.py", DESCRIPTION)
-    add_data_flags(parser.add_argument_group("data"))
-    add_loss_flags(parser.add_argument_group("imbalance: loss"))
-    add_sampling_flags(parser.add_argument_group("imbalance: what is trained on, and when"))
-    add_training_flags(parser.add_argument_group("model and training"))
-    add_run_flags(parser.add_argument_group("run"))
-    add_wandb_flags(parser.add_argument_group("Weights & Biases"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_loss_flags(parser.add_argument_group("imbalance: loss"))
+    _add_sampling_flags(parser.add_argument_group("imbalance: what is trained on, and when"))
+    _add_training_flags(parser.add_argument_group("model and training"))
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_wandb_flags(parser.add_argument_group("Weights & Biases"))
     return parser
 
 
-def add_data_flags(group):
+def _add_data_flags(group):
     add = group.add_argument
     add("--data_dirs", nargs="+", metavar="DIR", help="folders with one folder per class; same names are merged")
     add("--val_dirs", nargs="+", metavar="DIR", help="validation images, instead of a share of --data_dirs")
@@ -100,7 +100,7 @@ def add_data_flags(group):
     add("--demo", action="store_true", help="draw a small synthetic dataset and train on it")
 
 
-def add_loss_flags(group):
+def _add_loss_flags(group):
     add = group.add_argument
     add("--train_loss", choices=TRAIN_LOSSES, default="cb", help="cb is the Class-Balanced Focal loss [cb]")
     add(
@@ -142,7 +142,7 @@ def add_loss_flags(group):
     )
 
 
-def add_sampling_flags(group):
+def _add_sampling_flags(group):
     add = group.add_argument
     add_switch(group, "use_augmentation", False, "oversample with augmented copies until all classes are equal")
     add(
@@ -184,7 +184,7 @@ def add_sampling_flags(group):
     )
 
 
-def add_training_flags(group):
+def _add_training_flags(group):
     add = group.add_argument
     add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
     add("--weights", metavar="FILE", help="start from this file: torchvision's weights, or a checkpoint of a run")
@@ -217,7 +217,7 @@ def add_training_flags(group):
     add("--seed", type=number(int, low=0, below=2**32), default=42, help="[42]")
 
 
-def add_run_flags(group):
+def _add_run_flags(group):
     add = group.add_argument
     add("--output_dir", default="checkpoints", help="the run folder is OUTPUT_DIR_YYYYMMDD_HHMMSS [checkpoints]")
     add("--run_dir", metavar="DIR", help="exact name of the run folder, which must be new")
@@ -241,7 +241,7 @@ def add_run_flags(group):
     add_switch(group, "eval_only", False, "test the checkpoint of --resume without training")
 
 
-def add_wandb_flags(group):
+def _add_wandb_flags(group):
     add = group.add_argument
     project = os.environ.get("WANDB_PROJECT", "skin-grading")
     add("--wandb_project", default=project, help="[WANDB_PROJECT, else skin-grading]")

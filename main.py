@@ -22,6 +22,10 @@ from run.signals import Signals, Stopped
 if TYPE_CHECKING:
     import torch
 
+    from engine import Engine, RunningMetrics
+    from run.saver import Saver
+    from schedule import Stage
+
 # Everything that needs torch is imported where it is used: --help and a mistake in the flags are answered at once.
 
 
@@ -36,10 +40,11 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from images.splits import make_splits, paths_by_split, print_class_table
     from model import initial_weights
     from pages import plot_curves, write_report
-    from resume import Progress, restore, restore_splits, snapshot
+    from resume import restore, restore_splits, snapshot
     from run.files import write_history, write_json
+    from run.progress import Progress
     from run.saver import BEST, Saver
-    from schedule import add_optimizer, build_criterion, plan_stages, print_stages, warn_of_early_best
+    from schedule import build_criterion, build_optimizer, plan_stages, print_stages, warn_of_early_best
     from tracking import WandbRun
 
     run_dir = Path(args.run_dir)
@@ -68,7 +73,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     # model: built, and restored when resuming
     engine = build_engine(args, device, criterion, len(classes))
-    add_optimizer(engine, args, stages)
+    engine.optimizer, engine.scheduler = build_optimizer(engine.model, args, stages)
     progress, position, best_outputs = Progress(), None, {}
     if checkpoint:
         progress, position = restore(engine, checkpoint, args, stages)
@@ -111,7 +116,14 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     print_results(results, run_dir)
 
 
-def train_and_validate(engine, stage, val_loader, running_metrics, args, saver) -> tuple[dict, tuple]:
+def train_and_validate(
+    engine: "Engine",
+    stage: "Stage",
+    val_loader: "torch.utils.data.DataLoader",
+    running_metrics: "RunningMetrics",
+    args: argparse.Namespace,
+    saver: "Saver",
+) -> tuple[dict, tuple]:
     """One epoch, or the rest of it. -> (its row of `history.csv`, (loss, probabilities, targets) of the validation)"""
     from dataset_double import AugmentedSkinDataset
     from metrics import recalls, summary_metrics
@@ -186,8 +198,8 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
     return 0
 
 
-def prepare_process(args):
-    """Settings of this process, and its device. -> torch.device"""
+def prepare_process(args: argparse.Namespace) -> "torch.device":
+    """Settings of this process. -> its device"""
     import torch
 
     from images.decode import limit_image_size

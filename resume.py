@@ -7,8 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from images.splits import SPLITS, check_folders_used, find_images, paths_by_spli
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
 from run.cli import Damaged, UserError
 from run.folder import locked, new_folder, own_folder, timestamped
+from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
 from schedule import Stage, steps_before
 
@@ -64,7 +64,7 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
         yield args, checkpoint
 
 
-def run_folder(args):
+def run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """-> context of the folder to write to, locked: that of the checkpoint if a training is resumed, else a new one."""
     if args.auto_resume:
         return own_folder(args.run_dir, "--run_dir")
@@ -180,29 +180,6 @@ def how_to_resume(args: argparse.Namespace | None, argv: Sequence[str], was_save
 
 
 # -------------------------------------------------------------------------------------------------------- the state
-
-
-@dataclass
-class Progress:
-    """How far a training is: the last finished epoch, the best one, and the rows of `history.csv`."""
-
-    epoch: int = -1
-    best_metric: float = -math.inf
-    best_epoch: int = -1
-    history: list[dict] = field(default_factory=list)
-
-    def add_epoch(self, row: dict, best_metric_name: str) -> bool:
-        """-> whether this epoch is the best so far."""
-        self.epoch = row["epoch"]
-        self.history.append(row)
-        improved = row[best_metric_name] > self.best_metric
-        if improved:
-            self.best_metric, self.best_epoch = row[best_metric_name], self.epoch
-        return improved
-
-    def best_row(self) -> dict | None:
-        """The row of the best epoch, None if a resumed run has not reached it again."""
-        return next((row for row in self.history if row["epoch"] == self.best_epoch), None)
 
 
 def snapshot(

@@ -78,16 +78,16 @@ def plan_stages(
     return stages
 
 
-def add_optimizer(engine, args: argparse.Namespace, stages: list[Stage]):
-    """Give `engine` AdamW and a learning rate per step; `--crt_epochs` have a schedule of their own."""
-    engine.optimizer = torch.optim.AdamW(
-        engine.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
+def build_optimizer(
+    model: torch.nn.Module, args: argparse.Namespace, stages: list[Stage]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """-> AdamW, and its learning rate at each step; `--crt_epochs` have a schedule of their own."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     steps = [(stage.end - stage.start) * stage.steps(args.grad_accum) for stage in stages]
     joint, separate = (steps[:-1], steps[-1:]) if args.crt_epochs else (steps, [])
     warmup_steps = min(round(args.warmup_epochs * stages[0].steps(args.grad_accum)), sum(joint) // 2)
     factor = lr_lambda([(warmup_steps, sum(joint)), *((0, steps) for steps in separate)])
-    engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, factor)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def lr_lambda(cycles: Sequence[tuple[int, int]]) -> Callable[[int], float]:

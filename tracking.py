@@ -14,6 +14,7 @@ import numpy as np
 from images.decode import read_image
 from images.folders import ImageIndex
 from run.cli import UserError, first_line
+from run.progress import Progress
 from run.signals import Stopped
 
 INIT_TIMEOUT_S = 60
@@ -124,10 +125,10 @@ class WandbRun:
             print(f"warning: W&B has failed ({first_line(error) or type(error).__name__}); continuing without it")
             self._has_failed = True
 
-    def catch_up(self, progress):
+    def catch_up(self, progress: Progress):
         """Log the epochs that are saved but not logged, because the run was interrupted or is new on this server.
 
-        progress: `Progress`. Offline, what the server has is unknown: all epochs are logged, so that the last segment
+        Offline, what the server has is unknown: all epochs are logged, so that the last segment
         of the run is complete.
         """
         if self._is_active():
@@ -142,8 +143,8 @@ class WandbRun:
         """Folders that W&B wrote for this run, one per start. kind: "run" (online) or "offline-run"."""
         return sorted(Path(self._run.dir).parent.parent.glob(f"{kind}-*-{self.id}"))
 
-    def log_epoch(self, row: Mapping[str, Any], progress):
-        """row: of the epoch in `history.csv`, with {class: recall} as `val_recall`; progress: `Progress`."""
+    def log_epoch(self, row: Mapping[str, Any], progress: Progress):
+        """row: of the epoch in `history.csv`, with {class: recall} as `val_recall`."""
         if self._is_active():
             with self._never_stopping_the_training():
                 best = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
@@ -158,7 +159,7 @@ class WandbRun:
 
     def log_results(
         self,
-        progress,
+        progress: Progress,
         results: Mapping[str, Any],
         test: ImageIndex,
         probabilities: np.ndarray,

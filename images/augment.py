@@ -81,3 +81,11 @@ def augment_batch(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     linear = brightness * contrast * (saturation * torch.eye(3, device=images.device) + (1 - saturation) * gray)
     colored = torch.baddbmm(brightness * (1 - contrast) * mean_gray, linear, warped)
     return colored.round_().clamp_(0, 255).to(torch.uint8).reshape(images.shape)
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, antialiased."""
+    if images.shape[-1] == size:
+        return images
+    resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return resized.round_().to(torch.uint8)

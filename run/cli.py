@@ -47,7 +47,7 @@ class LossyStream:
     def __init__(self, stream):
         self._stream = stream
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.write(text)
         return len(text)
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
-    def error(self, message):
+    def error(self, message: str):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
@@ -119,7 +119,7 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def add_switch(group, name: str, default: bool, help: str):
+def add_switch(group: argparse._ActionsContainer, name: str, default: bool, help: str):
     """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
     group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
     group.add_argument(

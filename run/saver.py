@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from run.files import write_bytes, write_history
 from run.signals import Signals
@@ -36,7 +37,7 @@ class Saver:
         self._unsaved, self._unsaved_best = None, None  # (history, checkpoint file), checkpoint file
         self._failing = False
 
-    def after_step(self, running_metrics):
+    def after_step(self, running_metrics: Any):
         """Save if it is time to. Called where the run can be interrupted: after a step, or a batch of validation.
 
         running_metrics: `RunningMetrics` of the epoch. Raises Stopped after a signal.

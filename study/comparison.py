@@ -190,7 +190,7 @@ def summarize_runs(runs: Sequence[EvaluatedRun]) -> dict:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def write_results(folder: Path, runs: list[MethodRun], baseline: str, seeds: Sequence[int]) -> None:
+def write_comparison(folder: Path, runs: list[MethodRun], baseline: str, seeds: Sequence[int]) -> None:
     """Compare the finished runs; write ablation.csv, ablation.md and ablation.png, and print the table."""
     evaluated = read_runs(runs)
     table = compare_methods(evaluated, baseline)

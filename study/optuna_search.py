@@ -21,7 +21,7 @@ from run.cli import UserError, first_line
 from run.files import read_rows
 from run.signals import Signals
 from study.process import OWN_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
-from study.search_results import trial_line, write_results
+from study.search_results import trial_line, write_search_results
 from study.started_with import check_same_settings
 from study.sweep_yaml import SweepConfig, read_sweep
 
@@ -49,7 +49,7 @@ def run_search(args: argparse.Namespace, main_flags: list[str]) -> None:
                 search.run_trials(signals)
             finally:
                 with suppress(*STORAGE_ERRORS if signals.stopped else ()):
-                    write_results(search.study, config, search.folder, search.command_flags)
+                    write_search_results(search.study, config, search.folder, search.command_flags)
     except STORAGE_ERRORS as error:
         raise UserError(f"--storage: {first_line(error)}") from error
     if search.failures and not search.trials_in(TrialState.COMPLETE):

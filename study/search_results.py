@@ -32,7 +32,7 @@ def _short(value):
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def write_results(
+def write_search_results(
     study: optuna.Study, config: SweepConfig, folder: Path, command_flags: Callable[[dict], list[str]]
 ) -> None:
     """Write search.csv and the plots, and print the command that trains the best setting for the full time.

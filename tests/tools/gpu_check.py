@@ -122,7 +122,7 @@ def part_correct(log, device, tiny):
             check(log, device, side)
     for dtype in (None, torch.bfloat16, torch.float16):
         with log.guarded(f"learns in {dtype}"):
-            check_learning(log, device, side, dtype, *((3, 4) if tiny else (4, 10)))
+            check_learning(log, device, side, dtype, *((2, 3) if tiny else (4, 10)))
     with log.guarded("float16 overflow"):
         check_overflow(log, device, side)
     if is_gpu:

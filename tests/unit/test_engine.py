@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import dataset_double
-from engine import DeviceBatches, Engine, Mixer, RunningMetrics, resize
+from engine import DeviceBatches, Engine, Mixer, RunningMetrics
+from images.augment import resize
 from model import Model
 from run.cli import UserError
 from schedule import lr_lambda

@@ -12,8 +12,8 @@ import pytest
 from helpers import ROOT
 
 from flags import build_parser
-from resume import Progress
 from run.files import HISTORY_COLUMNS
+from run.progress import Progress
 from tracking import WandbRun, precision_recall_points
 
 
