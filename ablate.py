@@ -16,8 +16,21 @@ from run.cli import Parser, UserError, number, run_command
 def build_parser() -> Parser:
     parser = Parser("ablate.py", __doc__)
     add = parser.add_argument
-    add("--epochs", type=number(int, low=1), required=True, metavar="E", help="of the baseline; all get its steps")
-    add("--seeds", type=number(int, low=0, below=2**32), nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+    add(
+        "--epochs",
+        type=number(int, low=1),
+        required=True,
+        metavar="E",
+        help="epochs of a method that does not oversample; all methods get its optimizer steps",
+    )
+    add(
+        "--seeds",
+        type=number(int, low=0, below=2**32),
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="train each method once per seed [0 1 2]",
+    )
     add("--grid", metavar="YAML", help="methods as {name: flags of main.py} [eight methods, see docs/methods.md]")
     add("--baseline", metavar="NAME", help="the method that the others are compared with [the first one]")
     add("--ablate_dir", default="ablation", metavar="DIR", help="folder for runs and results [ablation]")
@@ -35,14 +48,14 @@ def run(argv: list[str]) -> None:
         raise UserError(f"--baseline: {baseline} is not one of {', '.join(grid)}")
     check_flags(main_flags, grid, args.epochs)
 
-    from run.folder import own_folder
+    from run.folder import open_or_create_folder
     from run.signals import Signals
-    from study.ablation import check_same_start, plan_runs, train_runs
+    from study.ablation import check_and_record_runs, plan_runs, train_runs
     from study.comparison import write_comparison
 
-    with Signals() as signals, own_folder(args.ablate_dir, "--ablate_dir") as folder:
+    with Signals() as signals, open_or_create_folder(args.ablate_dir, "--ablate_dir") as folder:
         runs, num_images = plan_runs(args, main_flags, grid, folder)
-        check_same_start(folder / "ablation.json", runs, num_images)
+        check_and_record_runs(folder / "ablation.json", runs, num_images)
         train_runs(runs, args.jobs, signals)
         write_comparison(folder, runs, baseline, args.seeds)
 

@@ -6,79 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from images.augment import augment_batch, resize
+from images.augment import resize
+from images.device_batches import DeviceBatches
 from model import Model
 from run.cli import UserError, progress_bar
 from run.machine import name_hardware_errors, resolve_amp
 
 CHECK_EVERY = 10  # steps between two checks of the loss
-
-
-class DeviceBatches:
-    """The batches of a loader on `device`: (images (N, 3, H, W) uint8, targets (N,) int64).
-
-    Batches that come with augmentation parameters are augmented there. On a GPU each batch is copied and augmented on
-    a separate stream while the previous one is computed.
-    """
-
-    def __init__(self, loader: Iterable, device: torch.device):
-        self.loader, self.device = loader, device
-        self._waited, self._gaps = 0.0, []
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        if self.device.type == "cuda":
-            yield from self._copied_ahead()
-            return
-        started = time.perf_counter()
-        for batch in self.loader:
-            self._waited += time.perf_counter() - started
-            yield self._to_device(batch)
-            started = time.perf_counter()
-
-    def seconds_waited(self) -> float:
-        """How long the device had no batch to compute. Waits until a GPU has finished."""
-        if self._gaps:
-            torch.cuda.synchronize(self.device)
-            self._waited += sum(end.elapsed_time(begin) for end, begin in self._gaps) / 1e3
-            self._gaps = []
-        return self._waited
-
-    def _to_device(self, batch):
-        images, targets, *parameters = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        return augment_batch(images, *parameters) if parameters else images, targets
-
-    def _copied_ahead(self):
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        end_of_step = _time_on(current)
-        copied = None
-        for batch in itertools.chain(self.loader, [None]):
-            previous = copied
-            if batch is not None:
-                with torch.cuda.stream(stream):
-                    copied = self._to_device(batch), stream.record_event()
-            if previous is not None:
-                tensors, arrived = previous
-                current.wait_event(arrived)
-                for tensor in tensors:  # else the allocator could reuse its memory during the computation
-                    tensor.record_stream(current)
-                self._gaps.append((end_of_step, _time_on(current)))
-                yield tensors
-                end_of_step = _time_on(current)
-
-
-def _time_on(stream):
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(stream)
-    return event
 
 
 class Mixer:
@@ -109,6 +50,14 @@ def moving_average(decay: float) -> Callable:
         get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
 
     return update
+
+
+class Outputs(NamedTuple):
+    """Of an evaluation: mean loss, probabilities (N, C) float32, targets (N,) int64."""
+
+    loss: float
+    probabilities: np.ndarray
+    targets: np.ndarray
 
 
 @dataclass
@@ -149,7 +98,7 @@ class Engine:
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return model(images).float()
 
-    def retrain_head(self, reset: bool):
+    def retrain_head(self, reset: bool) -> None:
         """Classifier re-training (Kang et al. 2020): train only the head from now on, on the evaluated backbone.
 
         reset: start with a new head.
@@ -163,13 +112,15 @@ class Engine:
                 self.optimizer.state.pop(parameter, None)
         self.model.freeze_backbone()
 
-    def load_initial_weights(self, state_dict: dict, weight_classes: Sequence[str] | None, classes: Sequence[str]):
+    def load_initial_weights(
+        self, state_dict: dict, weight_classes: Sequence[str] | None, classes: Sequence[str]
+    ) -> None:
         """See `Model`."""
         self.model.load_initial_weights(state_dict, weight_classes, classes)
         if self.average:
             self.average.module.load_state_dict(self.model.state_dict())
 
-    def check_weights(self):
+    def check_weights(self) -> None:
         """Raise UserError if a weight is not finite: a step can cause that although its loss was finite."""
         if not torch.nn.utils.get_total_norm(p.detach() for p in self.model.parameters()).isfinite():
             raise UserError(
@@ -197,8 +148,8 @@ class Engine:
         seconds_before = running_metrics.seconds
         started = time.perf_counter()
         bar = progress_bar(batches, f"epoch {running_metrics.epoch}")
-        for group in batched(bar, self.grad_accum):
-            self._step(group, running_metrics, image_size)
+        for step_batches in batched(bar, self.grad_accum):
+            self._step(step_batches, running_metrics, image_size)
             running_metrics.seconds = seconds_before + time.perf_counter() - started
             if running_metrics.unchecked >= CHECK_EVERY:
                 mean_loss = running_metrics.check()
@@ -256,11 +207,11 @@ class Engine:
     @torch.inference_mode()
     def evaluate(
         self, loader: DataLoader, name: str, after_batch: Callable[[], None] | None = None, mirrored: bool = False
-    ) -> tuple[float, np.ndarray, np.ndarray]:
-        """Each image once -> (mean loss, probabilities (N, C) float32, targets (N,) int64).
+    ) -> Outputs:
+        """Evaluate each image once.
 
         after_batch: called after each batch; it may raise to leave. mirrored: test-time augmentation, the mean logits
-        of each image and its mirror image.
+        of each image and its mirror image. Raises UserError if the loss is not finite.
         """
         model = self.evaluated.eval()
         batches = []
@@ -278,7 +229,7 @@ class Engine:
             raise UserError(
                 f"the loss on the images of {name} is {loss}: the model has diverged or its file is damaged"
             )
-        return loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.cpu().numpy().astype(np.int64)
+        return Outputs(loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.cpu().numpy().astype(np.int64))
 
 
 def build_engine(
@@ -305,7 +256,14 @@ def batched(iterable: Iterable, size: int) -> Iterator[list]:
         yield group
 
 
-POSITION_KEYS = ("images", "batches", "loss", "correct", "seconds", "learning_rate")  # sums of an epoch so far
+EPOCH_STATE_KEYS = (
+    "images",
+    "batches",
+    "loss",
+    "correct",
+    "seconds",
+    "learning_rate",
+)  # what an epoch has accumulated, and its last learning rate
 
 
 class RunningMetrics:
@@ -314,27 +272,27 @@ class RunningMetrics:
     Losses are copied to the host several batches at a time and read one check later, so that a GPU never has to stop.
     """
 
-    def __init__(self, epoch: int, device: torch.device, position: dict | None = None):
-        """position: where the epoch was interrupted, by `position()`."""
-        position = position or dict.fromkeys(POSITION_KEYS, 0)
+    def __init__(self, epoch: int, device: torch.device, epoch_state: dict | None = None):
+        """epoch_state: of an interrupted epoch, by the method of this name."""
+        epoch_state = epoch_state or dict.fromkeys(EPOCH_STATE_KEYS, 0)
         self.epoch, self.steps = epoch, 0  # optimizer steps of this process
-        self.images, self.seconds, self.learning_rate = (position[k] for k in ("images", "seconds", "learning_rate"))
-        self.correct = torch.tensor(position["correct"], device=device)
-        self.batches, self.loss = position["batches"], position["loss"]  # of checked batches
+        self.images, self.seconds, self.learning_rate = (epoch_state[k] for k in ("images", "seconds", "learning_rate"))
+        self.correct = torch.tensor(epoch_state["correct"], device=device)
+        self.batches, self.loss = epoch_state["batches"], epoch_state["loss"]  # of checked batches
         self._unchecked, self._in_flight = [], None
         self._checked_images = self.images
 
-    def position(self) -> dict[str, float]:
-        """-> {name of POSITION_KEYS: number}, from which the epoch can be resumed. Waits until a GPU has finished."""
+    def epoch_state(self) -> dict[str, float]:
+        """-> {name of EPOCH_STATE_KEYS: number}, to resume the epoch from. Waits until a GPU has finished."""
         self.check(last=True)
-        return {name: getattr(self, name) for name in POSITION_KEYS} | {"correct": self.correct.item()}
+        return {name: getattr(self, name) for name in EPOCH_STATE_KEYS} | {"correct": self.correct.item()}
 
     @property
     def unchecked(self) -> int:
         """Batches since the last check."""
         return len(self._unchecked)
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor):
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         self._unchecked.append((loss.detach(), len(targets)))
         self.correct += (logits.detach().argmax(dim=1) == targets).sum()
         self.images += len(targets)

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from dataset_double import eval_loader
-from engine import Engine, build_engine
+from engine import Engine, Outputs, build_engine
 from flags import SPLITS, is_ordinal, replaced_splits
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, index_folders
 from images.leakage import subject_ids
 from images.splits import find_images, paths_by_split
-from metrics import full_metrics, summary_metrics, with_interval
-from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
+from metrics import format_with_interval, full_metrics, summary_metrics
+from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import plot_confusion_matrix, write_report
 from run.files import write_json, write_predictions
 from run.saver import BEST
-from schedule import build_criterion
+from schedule import build_loss_from_flags
 from utils import class_shares
 
 TAUS = np.arange(-40, 61) / 20
@@ -36,11 +36,11 @@ def evaluate_best(
     engine: Engine,
     splits: dict[str, ImageIndex],
     args: argparse.Namespace,
-    outputs: Mapping[str, tuple] | None = None,
+    outputs: Mapping[str, Outputs] | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Evaluate the best model of a finished training and store what is fitted after training in its checkpoint.
 
-    outputs: {split: (loss, probabilities, targets)} by `Engine.evaluate` of the best model, where they are known.
+    outputs: {split: `Engine.evaluate` of the best model}, for splits where it is known.
     -> see `evaluate_splits`
     """
     run_dir = Path(args.run_dir)
@@ -49,15 +49,15 @@ def evaluate_best(
     evaluated = {split: splits[split] for split in ("val", "test")}
     results, probabilities = evaluate_splits(engine, evaluated, args, best, outputs or {})
     best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
-    save_checkpoint(run_dir / BEST, checkpoint_bytes(best))
+    save_checkpoint(run_dir / BEST, best)
     return results, probabilities
 
 
-def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.device):
+def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
     """`--eval_only`: evaluate the model of a checkpoint and write everything to the run folder."""
     run_dir = Path(args.run_dir)
     splits = splits_to_evaluate(args, checkpoint)
-    criterion = build_criterion(args, checkpoint["samples_per_cls"])
+    criterion = build_loss_from_flags(args, checkpoint["samples_per_cls"])
     engine = build_engine(args, device, criterion, len(checkpoint["classes"]))
     try:
         engine.model.load_state_dict(checkpoint["model_state_dict"])
@@ -76,7 +76,7 @@ def evaluate_splits(
     splits: dict[str, ImageIndex],
     args: argparse.Namespace,
     checkpoint: dict,
-    outputs: Mapping[str, tuple],
+    outputs: Mapping[str, Outputs],
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Evaluate the model of `checkpoint`, which `engine` has, on each split; write predictions and confusion matrix.
 
@@ -86,9 +86,9 @@ def evaluate_splits(
     run_dir, classes, samples_per_cls = Path(args.run_dir), splits["test"].classes, checkpoint["samples_per_cls"]
     subjects, ordinal = subjects_by_split(splits, args, checkpoint["args"]), is_ordinal(args)
 
-    def split_metrics(split, loss, of_images):
+    def split_metrics(split, loss, probs):
         targets = splits[split].targets
-        metrics = full_metrics(targets, of_images, classes, samples_per_cls, ordinal, subjects[split])
+        metrics = full_metrics(targets, probs, classes, samples_per_cls, ordinal, subjects[split])
         return {"loss": loss, **metrics}
 
     results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
@@ -144,7 +144,7 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     return splits
 
 
-def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict):
+def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict) -> None:
     """Print a line if images have name and size of images that the checkpoint was trained on."""
     names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
     trained = set(zip(map(os.path.basename, names), sizes.tolist(), strict=True))
@@ -153,7 +153,7 @@ def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict):
         if num_trained := sum(file in trained for file in files):
             print(
                 f"warning: {num_trained} of the {len(index)} images of --{split}_dirs have the name and size of images "
-                "that the model was trained on: the metrics are too good"
+                "that the model was trained on: the metrics will be too optimistic"
             )
 
 
@@ -222,7 +222,7 @@ def fit_posthoc(
 # ---------------------------------------------------------------------------------------------------------- printing
 
 
-def print_results(results: dict, run_dir: str | Path):
+def print_results(results: dict, run_dir: str | Path) -> None:
     print(f"model of epoch {results['evaluated_epoch']} (95 % intervals in brackets):")
     for split in ("val", "test"):
         if split in results:
@@ -236,8 +236,8 @@ def print_results(results: dict, run_dir: str | Path):
     print(f"results saved to {run_dir}")
 
 
-def print_metrics(title: str, metrics: dict):
+def print_metrics(title: str, metrics: dict) -> None:
     names = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
-    words = [f"{word} {with_interval(metrics[name], metrics[f'{name}_ci'])}" for name, word in names.items()]
+    words = [f"{word} {format_with_interval(metrics[name], metrics[f'{name}_ci'])}" for name, word in names.items()]
     loss = f", loss {metrics['loss']:.4f}" if "loss" in metrics else ""
     print(f"{title:>4}: {', '.join(words)}{loss}")

@@ -1,10 +1,9 @@
-"""The flags of `main.py`: their names, types, choices and defaults, and which of them exclude each other."""
+"""The flags of `main.py`: their names, types, choices, defaults and help."""
 
 import argparse
 import functools
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from run.cli import Parser, UserError, add_switch, boolean, number, regex
@@ -12,7 +11,7 @@ from run.cli import Parser, UserError, add_switch, boolean, number, regex
 DESCRIPTION = """Train a ResNet-50 to grade skin conditions from very imbalanced class folders.
 
 python main.py --demo
-python main.py --data_dirs data/forehead_wrinkles --train_loss cb --use_augmentation
+python main.py --data_dirs data/forehead_wrinkles --train_loss ce --use_augmentation
 python main.py --resume checkpoints_20260101_120000/last_model.pth
 python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
 """
@@ -70,7 +69,7 @@ def _add_data_flags(group):
     add("--test_dirs", nargs="+", metavar="DIR", help="test images, instead of a share of --data_dirs")
     add(
         "--split",
-        type=number(float),
+        type=number(float, low=0, high=1),
         nargs=3,
         metavar=("TRAIN", "VAL", "TEST"),
         default=[0.6, 0.2, 0.2],
@@ -80,13 +79,19 @@ def _add_data_flags(group):
         "--group_regex",
         type=regex,
         metavar="REGEX",
-        help="matches the subject's name in a file name; keeps each subject in one split",
+        help="regular expression that finds the subject in a file name; each subject stays in one split",
     )
     add("--folds", type=number(int, low=2), metavar="K", help="cross-validation: K trainings, each image tested once")
-    add("--fold", type=number(int, low=0), metavar="I", help="only training number I of the --folds, from 0")
-    add("--image_size", type=number(int, low=32), default=224, help="images are resized to N x N pixels [224]")
+    add("--fold", type=number(int, low=0), metavar="I", help="train only fold I of --folds, counted from 0")
+    add(
+        "--image_size",
+        type=number(int, low=32),
+        default=224,
+        metavar="N",
+        help="images are resized to N x N pixels [224]",
+    )
     add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
-    add("--cache_dir", metavar="DIR", help="decoded images are kept here [~/.cache/skin-grading]")
+    add("--cache_dir", metavar="DIR", help="folder for decoded images [~/.cache/skin-grading]")
     add(
         "--no_cache",
         nargs="?",
@@ -94,23 +99,35 @@ def _add_data_flags(group):
         default=False,
         type=boolean,
         metavar="BOOL",
-        help="keep no decoded images: decode an image each time it is used",
+        help="do not cache decoded images; decode each image whenever it is used",
     )
-    add("--max_megapixels", type=number(float, above=0), default=200, help="refuse larger images [200]")
+    add("--max_megapixels", type=number(float, above=0), default=200, metavar="M", help="refuse larger images [200]")
     add("--demo", action="store_true", help="draw a small synthetic dataset and train on it")
 
 
 def _add_loss_flags(group):
     add = group.add_argument
-    add("--train_loss", choices=TRAIN_LOSSES, default="cb", help="cb is the Class-Balanced Focal loss [cb]")
+    add(
+        "--train_loss",
+        choices=TRAIN_LOSSES,
+        default="cb",
+        help="loss function; cb is the Class-Balanced Focal loss [cb]",
+    )
     add(
         "--beta",
         type=number(float, low=0, below=1),
         default=0.999,
+        metavar="B",
         help="cb, and ldam with --drw_epoch: 0 for equal class weights, near 1 for weights of 1/n [0.999]",
     )
-    add("--gamma", type=number(float, low=0), default=2.0, help="cb, focal: focus on hard images, 0 for none [2.0]")
-    add("--cb_form", choices=CB_FORMS, default="softmax", help="cb: sigmoid is the form of the paper [softmax]")
+    add(
+        "--gamma",
+        type=number(float, low=0),
+        default=2.0,
+        metavar="G",
+        help="cb, focal: focus on hard images, 0 for none [2.0]",
+    )
+    add("--cb_form", choices=CB_FORMS, default="softmax", help="cb: softmax, or sigmoid as in the paper [softmax]")
     add(
         "--alpha",
         type=number(float, above=0),
@@ -118,19 +135,33 @@ def _add_loss_flags(group):
         metavar="A",
         help="focal: one weight, or one per class in the order of the classes [1]",
     )
-    add("--smoothing", type=number(float, low=0, below=1), default=0.1, help="label_smoothing [0.1]")
+    add(
+        "--smoothing",
+        type=number(float, low=0, below=1),
+        default=0.1,
+        metavar="S",
+        help="label_smoothing: share of the target spread over all classes [0.1]",
+    )
     add(
         "--tau",
         type=number(float, low=0),
         default=1.0,
+        metavar="T",
         help="logit_adjustment: 0 is cross entropy, 1 corrects the class shares [1]",
     )
-    add("--max_margin", type=number(float, low=0), default=0.5, help="ldam: margin of the smallest class [0.5]")
+    add(
+        "--max_margin",
+        type=number(float, low=0),
+        default=0.5,
+        metavar="M",
+        help="ldam: margin of the smallest class [0.5]",
+    )
     add_switch(group, "ordinal", False, "the classes are ordered grades: report how far off predictions are")
     add(
         "--ordinal_decay",
         type=number(float, above=0),
         default=2.0,
+        metavar="D",
         help="ordinal: the higher, the less weight on neighboring grades [2]",
     )
     add(
@@ -188,19 +219,39 @@ def _add_training_flags(group):
     add = group.add_argument
     add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
     add("--weights", metavar="FILE", help="start from this file: torchvision's weights, or a checkpoint of a run")
-    add("--dropout_prob", type=number(float, low=0, below=1), default=0.3, help="dropout before the head [0.3]")
-    add("--epochs", type=number(int, low=1), default=100, help="[100]")
-    add("--batch_size", type=number(int, low=1), default=32, help="[32]")
-    add("--learning_rate", "--lr", type=number(float, above=0), default=1e-4, help="of AdamW [1e-4]")
-    add("--weight_decay", type=number(float, low=0), default=0.01, help="of AdamW [0.01]")
+    add(
+        "--dropout_prob",
+        type=number(float, low=0, below=1),
+        default=0.3,
+        metavar="P",
+        help="dropout before the head [0.3]",
+    )
+    add("--epochs", type=number(int, low=1), default=100, metavar="N", help="number of epochs [100]")
+    add("--batch_size", type=number(int, low=1), default=32, metavar="N", help="images per batch [32]")
+    add(
+        "--learning_rate",
+        "--lr",
+        type=number(float, above=0),
+        default=1e-4,
+        metavar="LR",
+        help="learning rate of AdamW [1e-4]",
+    )
+    add("--weight_decay", type=number(float, low=0), default=0.01, metavar="W", help="weight decay of AdamW [0.01]")
     add(
         "--warmup_epochs",
         type=number(float, low=0),
         default=1.0,
-        help="linear warm-up, followed by half a cosine down to zero [1]",
+        metavar="E",
+        help="epochs of linear warm-up, before the cosine decay to zero [1]",
     )
-    add("--clip_grad", type=number(float, low=0), default=1.0, help="largest norm of the gradient, 0: off [1.0]")
-    add("--grad_accum", type=number(int, low=1), default=1, help="batches per optimizer step [1]")
+    add(
+        "--clip_grad",
+        type=number(float, low=0),
+        default=1.0,
+        metavar="NORM",
+        help="clip the gradient norm at this value, 0: off [1.0]",
+    )
+    add("--grad_accum", type=number(int, low=1), default=1, metavar="N", help="batches per optimizer step [1]")
     add(
         "--ema",
         type=number(float, low=0, below=1),
@@ -209,18 +260,34 @@ def _add_training_flags(group):
         help="validate and keep the moving average of the weights, for example with 0.999 [0: off]",
     )
     add_switch(group, "progressive", False, "train on smaller images first, on the full size in the last third")
-    add("--best_metric", choices=BEST_METRICS, default=BEST_METRICS[0], help="selects the epoch [val_balanced_acc]")
+    add(
+        "--best_metric",
+        choices=BEST_METRICS,
+        default=BEST_METRICS[0],
+        help="validation metric that selects the epoch to keep [val_balanced_acc]",
+    )
     add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
-    add_switch(group, "compile", False, "torch.compile: minutes at the start, faster steps")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
-    add("--num_workers", type=number(int, low=0), help="loader processes [0 on a CPU, up to 8 on a GPU]")
-    add("--seed", type=number(int, low=0, below=2**32), default=42, help="[42]")
+    add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 ... [auto]")
+    add("--num_workers", type=number(int, low=0), metavar="N", help="loader processes [0 on a CPU, up to 8 on a GPU]")
+    add(
+        "--seed",
+        type=number(int, low=0, below=2**32),
+        default=42,
+        metavar="N",
+        help="seed of the split, the weights, the order and the augmentation [42]",
+    )
 
 
 def _add_run_flags(group):
     add = group.add_argument
-    add("--output_dir", default="checkpoints", help="the run folder is OUTPUT_DIR_YYYYMMDD_HHMMSS [checkpoints]")
-    add("--run_dir", metavar="DIR", help="exact name of the run folder, which must be new")
+    add(
+        "--output_dir",
+        default="checkpoints",
+        metavar="PREFIX",
+        help="the run folder is PREFIX_YYYYMMDD_HHMMSS [checkpoints]",
+    )
+    add("--run_dir", metavar="DIR", help="name of the run folder; it must not exist yet, except with --auto_resume")
     add("--resume", metavar="FILE", help="resume from a checkpoint; its flags are the defaults")
     add_switch(group, "auto_resume", False, "resume the run in --run_dir, or start it")
     add(
@@ -228,7 +295,7 @@ def _add_run_flags(group):
         type=number(int, low=0),
         default=0,
         metavar="N",
-        help="save every N steps too [0: off]",
+        help="also save every N steps [0: off]",
     )
     add(
         "--save_minutes",
@@ -237,17 +304,27 @@ def _add_run_flags(group):
         metavar="M",
         help="save every M minutes within an epoch, 0: off [10]",
     )
-    add_switch(group, "tta", False, "test with the mirror image too, reported separately")
+    add_switch(group, "tta", False, "also test with the mean over each image and its mirror image")
     add_switch(group, "eval_only", False, "test the checkpoint of --resume without training")
 
 
 def _add_wandb_flags(group):
     add = group.add_argument
     project = os.environ.get("WANDB_PROJECT", "skin-grading")
-    add("--wandb_project", default=project, help="[WANDB_PROJECT, else skin-grading]")
-    add("--wandb_name", default=os.environ.get("WANDB_NAME"), help="[WANDB_NAME, else the name of the run folder]")
-    add("--wandb_id", help="resume this W&B run [the one of the checkpoint]")
-    add("--wandb_resume", choices=("never", "allow", "must"), default="allow", help="[allow]")
+    add("--wandb_project", default=project, metavar="NAME", help="W&B project [WANDB_PROJECT, else skin-grading]")
+    add(
+        "--wandb_name",
+        default=os.environ.get("WANDB_NAME"),
+        metavar="NAME",
+        help="name of the W&B run [WANDB_NAME, else that of the run folder]",
+    )
+    add("--wandb_id", metavar="ID", help="resume this W&B run [the one of the checkpoint]")
+    add(
+        "--wandb_resume",
+        choices=("never", "allow", "must"),
+        default="allow",
+        help="whether the run of --wandb_id may or must exist already [allow]",
+    )
     add(
         "--wandb_mode",
         choices=WANDB_MODES,
@@ -274,117 +351,7 @@ def default_wandb_mode() -> str:
     return mode
 
 
-# ----------------------------------------------------------------------------------------------- parsing and checks
-
-
-def parse_flags(argv: Sequence[str], inherited: Mapping[str, Any] | None = None) -> argparse.Namespace:
-    """Parse and check a command line of main.py. -> its flags, folders as absolute paths
-
-    inherited: {flag: value} of the checkpoint that is resumed, the defaults of the flags that are not given; empty if
-    there turned out to be none. With `--resume` or `--auto_resume` and without `inherited`, only flags that are given
-    are checked against each other: enough to find the checkpoint. Raises UserError.
-    """
-    given = given_flags(argv)
-    parser = build_parser()
-    parser.set_defaults(**(inherited or (DEMO_DEFAULTS if given.get("demo") else {})))
-    args = parser.parse_args(argv)
-    if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (args.run_dir or args.resume):
-        # a trial of a sweep: its own folder, in which it resumes when it is handed out again after preemption
-        args.run_dir, args.auto_resume = f"{args.output_dir}_{os.environ['WANDB_RUN_ID']}", True
-    for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
-        if getattr(args, name):
-            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
-    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
-    if inherited and args.auto_resume:
-        args.demo = False  # its data are drawn and are the run's --data_dirs now
-    is_complete = inherited is not None or not (args.resume or args.auto_resume)
-    for names, is_broken, message in RULES:
-        if (is_complete or given.keys() >= set(names)) and is_broken(args):
-            raise UserError(message.format(**vars(args)))
-    if is_complete:
-        if not (inherited or args.data_dirs or args.demo):
-            raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
-        check_split_shares(args)
-    return args
-
-
-def given_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """-> {flag: value} of the flags that a command line names."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv))
-
-
-def _has_nothing_to_defer(args):
-    oversamples = args.use_augmentation or args.sampling != "instance"
-    return args.drw_epoch and not oversamples and args.train_loss not in WEIGHTED_LOSSES
-
-
-def _has_no_joint_epoch(args):
-    return (args.drw_epoch or args.crt_epochs) and args.drw_epoch + args.crt_epochs >= args.epochs
-
-
-# (flags, whether they contradict each other, message)
-RULES = (
-    (("eval_only",), lambda a: a.eval_only and not a.resume, "--eval_only: name the checkpoint with --resume FILE"),
-    (
-        ("auto_resume",),
-        lambda a: a.auto_resume and not a.run_dir,
-        "--auto_resume: name the run folder with --run_dir DIR",
-    ),
-    (
-        ("auto_resume", "resume"),
-        lambda a: a.auto_resume and a.resume,
-        "--auto_resume: finds the checkpoint in --run_dir by itself; omit --resume",
-    ),
-    (("data_dirs", "demo"), lambda a: a.data_dirs and a.demo, "--demo: draws its own data; omit --data_dirs"),
-    (
-        ("fold", "folds"),
-        lambda a: a.fold is not None and not (a.folds and a.fold < a.folds),
-        "--fold: {fold} needs --folds K, and must be from 0 to K - 1",
-    ),
-    (
-        ("folds", "val_dirs"),
-        lambda a: a.folds and not a.eval_only and a.val_dirs,
-        "--folds: makes the splits itself; omit --val_dirs",
-    ),
-    (
-        ("folds", "test_dirs"),
-        lambda a: a.folds and not a.eval_only and a.test_dirs,
-        "--folds: makes the splits itself; omit --test_dirs",
-    ),
-    (
-        ("sampling", "use_augmentation"),
-        lambda a: a.use_augmentation and a.sampling != "instance",
-        "--sampling: {sampling} and --use_augmentation both oversample; omit one of them",
-    ),
-    (
-        ("drw_epoch", "use_augmentation", "sampling", "train_loss"),
-        _has_nothing_to_defer,
-        "--drw_epoch: there is nothing to defer; it needs --use_augmentation, --sampling, or "
-        f"--train_loss {', '.join(WEIGHTED_LOSSES)}",
-    ),
-    (
-        ("drw_epoch", "crt_epochs", "epochs"),
-        _has_no_joint_epoch,
-        "--drw_epoch / --crt_epochs: {drw_epoch} and {crt_epochs} leave none of the {epochs} epochs",
-    ),
-)  # fmt: skip
-
-
-def check_split_shares(args: argparse.Namespace):
-    """Raise UserError unless `--split` sums to 1 and has images for each split without folders of its own."""
-    text = " ".join(f"{share:g}" for share in args.split)
-    if abs(sum(args.split) - 1) > 1e-6 or min(args.split) < 0:
-        raise UserError(f"--split: {text} does not sum to 1 (train val test, for example 0.6 0.2 0.2)")
-    for split, share in zip(SPLITS, args.split, strict=True):
-        is_separate = getattr(args, f"{split}_dirs", None) or (args.folds and split == "test")
-        if share == 0 and not is_separate:
-            raise UserError(f"--split: {text} leaves no images for {split}")
-
-
-# ------------------------------------------------------------------------------------------------ questions of flags
+# -------------------------------------------------------------------------------------------------------- queries
 
 
 @functools.cache
@@ -404,11 +371,7 @@ def is_ordinal(args: argparse.Namespace) -> bool:
     return args.ordinal or args.train_loss == "ordinal"
 
 
-def is_inside(path: str, folder: str | Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-def every_folder(flags: Mapping[str, Any]) -> list[str]:
+def data_folders(flags: Mapping[str, Any]) -> list[str]:
     """-> the folders of --data_dirs, --val_dirs and --test_dirs. flags: {flag: value}."""
     return [folder for name in FOLDER_FLAGS for folder in flags[name] or []]
 

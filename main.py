@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flags import is_ordinal, parse_flags
+from flag_checks import parse_flags
+from flags import is_ordinal
 from run.cli import UserError, run_command
 from run.folder import FOLDS_FILE
 from run.signals import Signals, Stopped
@@ -22,14 +23,14 @@ from run.signals import Signals, Stopped
 if TYPE_CHECKING:
     import torch
 
-    from engine import Engine, RunningMetrics
+    from engine import Engine, Outputs, RunningMetrics
     from run.saver import Saver
     from schedule import Stage
 
 # Everything that needs torch is imported where it is used: --help and a mistake in the flags are answered at once.
 
 
-def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.device", signals: Signals):
+def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.device", signals: Signals) -> None:
     """Train, validate and test one model. checkpoint: of the run that is resumed, or None."""
     import torch
 
@@ -44,7 +45,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from run.files import write_history, write_json
     from run.progress import Progress
     from run.saver import BEST, Saver
-    from schedule import build_criterion, build_optimizer, plan_stages, print_stages, warn_of_early_best
+    from schedule import build_loss_from_flags, build_optimizer, plan_stages, print_stages, warn_of_early_best
     from tracking import WandbRun
 
     run_dir = Path(args.run_dir)
@@ -64,7 +65,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         print(f"order of the grades: {' < '.join(classes)}")
 
     # loss: from the counts of the original training images, before any oversampling
-    criterion = build_criterion(args, samples_per_cls)
+    criterion = build_loss_from_flags(args, samples_per_cls)
 
     # schedule: only now are the training images oversampled
     stages = plan_stages(args, splits["train"], criterion, device)
@@ -74,9 +75,9 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     # model: built, and restored when resuming
     engine = build_engine(args, device, criterion, len(classes))
     engine.optimizer, engine.scheduler = build_optimizer(engine.model, args, stages)
-    progress, position, best_outputs = Progress(), None, {}
+    progress, epoch_state, best_outputs = Progress(), None, {}
     if checkpoint:
-        progress, position = restore(engine, checkpoint, args, stages)
+        progress, epoch_state = restore(engine, checkpoint, args, stages)
     elif weights:
         engine.load_initial_weights(*weights, classes)
     write_json(run_dir / "args.json", vars(args))
@@ -87,17 +88,17 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     with WandbRun(args, run_dir, checkpoint, dict(zip(classes, samples_per_cls.tolist(), strict=True))) as wandb_run:
         # loop: train and validate an epoch, save, log
-        state = functools.partial(snapshot, engine, progress, args, splits, samples_per_cls, wandb_run.id)
-        saver = Saver(run_dir, state, signals, args.save_every, args.save_minutes)
+        take_snapshot = functools.partial(snapshot, engine, progress, args, splits, samples_per_cls, wandb_run.id)
+        saver = Saver(run_dir, take_snapshot, signals, args.save_every, args.save_minutes)
         wandb_run.catch_up(progress)
         with signals.deferred():
             for epoch in range(progress.epoch + 1, args.epochs):
-                running_metrics = RunningMetrics(epoch, device, position)
-                position = None  # only the first epoch of a resumed run starts in its middle
+                running_metrics = RunningMetrics(epoch, device, epoch_state)
+                epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
                 improved = progress.add_epoch(row, args.best_metric)
-                if improved:  # the loss of other stages is another one
+                if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
                 print_epoch(row, args.epochs, improved)
                 saver.after_epoch(improved)
@@ -123,8 +124,8 @@ def train_and_validate(
     running_metrics: "RunningMetrics",
     args: argparse.Namespace,
     saver: "Saver",
-) -> tuple[dict, tuple]:
-    """One epoch, or the rest of it. -> (its row of `history.csv`, (loss, probabilities, targets) of the validation)"""
+) -> tuple[dict, "Outputs"]:
+    """One epoch, or the rest of it. -> (its row of `history.csv`, outputs of the validation)"""
     from dataset_double import AugmentedSkinDataset
     from metrics import recalls, summary_metrics
     from schedule import progressive_size
@@ -149,7 +150,7 @@ def train_and_validate(
     return {"epoch": epoch, **row, "val_loss": val_loss, **val, "seconds": seconds}, outputs
 
 
-def print_epoch(row: dict, epochs: int, improved: bool):
+def print_epoch(row: dict, epochs: int, improved: bool) -> None:
     print(
         f"epoch {row['epoch']:3d} ({row['epoch'] + 1}/{epochs})"
         f" | train loss {row['train_loss']:.4f} acc {row['train_acc']:.3f}"
@@ -172,26 +173,28 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
         return run_folds(args, argv, functools.partial(run, signals=signals))
     if args.run_dir and Path(args.run_dir, FOLDS_FILE).exists():
         raise UserError(f"--run_dir: {args.run_dir} is the folder of a cross-validation; resume it with its --folds")
-    settled, how_to_resume = None, None
+    run_args = None  # all flags of the run, once its checkpoint is read
     try:
         from resume import how_to_resume, is_finished, open_run
 
-        with open_run(args, argv) as (settled, checkpoint):
-            device = prepare_process(settled)
-            if settled.eval_only:
+        with open_run(args, argv) as (run_args, checkpoint):
+            device = prepare_process(run_args)
+            if run_args.eval_only:
                 from evaluation import evaluate_only
 
-                evaluate_only(settled, checkpoint, device)
-            elif settled.auto_resume and checkpoint and is_finished(settled, checkpoint):
-                print(f"already finished: {settled.epochs} epochs, results saved to {settled.run_dir}")
+                evaluate_only(run_args, checkpoint, device)
+            elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
+                print(f"already finished: {run_args.epochs} epochs, results saved to {run_args.run_dir}")
             else:
-                train(settled, checkpoint, device, signals)
+                train(run_args, checkpoint, device, signals)
     except Stopped as stop:
         if resume_hint is None:
-            resume_hint = how_to_resume(settled, argv, signals.saved) if settled else ""
+            resume_hint = ""
+            if run_args:
+                resume_hint = how_to_resume(run_args, argv, signals.saved)
         print(f"stopped{resume_hint}", file=sys.stderr)
         if "WANDB_SWEEP_ID" in os.environ:
-            # wandb agent counts an exit status as a failure and gives up after some; death by a signal is none
+            # wandb agent gives up after some exit statuses other than 0; an exit by signal does not count
             signal.signal(stop.number, signal.SIG_DFL)
             signal.raise_signal(stop.number)
         return stop.status
@@ -214,7 +217,7 @@ def prepare_process(args: argparse.Namespace) -> "torch.device":
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 stopped by Ctrl-C / SIGTERM"""
+    """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 / 129 stopped by Ctrl-C / SIGTERM / SIGHUP"""
     for stream in (sys.stdout, sys.stderr):  # lines appear at once, also in a log; any file name can be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -224,7 +227,11 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    for late in (signal.SIGINT, signal.SIGTERM):  # everything is saved: a signal must not change the status now
+    for late in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        getattr(signal, "SIGHUP", signal.SIGTERM),
+    ):  # everything is saved: a signal must not change the status now
         signal.signal(late, signal.SIG_IGN)
     with suppress(OSError):  # a log that takes no more lines is not an error of the run
         sys.stdout.flush()

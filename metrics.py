@@ -17,9 +17,10 @@ RANKINGS = ("auroc", "average_precision")  # of one class against the rest
 SHOTS = {"many_shot": (101, np.inf), "medium_shot": (20, 100), "few_shot": (1, 19)}
 
 
-def with_interval(value: float, interval: Sequence[float] | None = None) -> str:
-    """0.1234, (0.1, 0.15) -> "0.123 [0.100, 0.150]"; without an interval "0.123"."""
-    return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def format_with_interval(value: float, interval: Sequence[float] | None = None, sign: str = "") -> str:
+    """0.1234, (0.1, 0.15) -> "0.123 [0.100, 0.150]"; without an interval "0.123"; sign="+": of a difference."""
+    spec = f"{sign}.3f"
+    return format(value, spec) + (f" [{interval[0]:{spec}}, {interval[1]:{spec}}]" if interval is not None else "")
 
 
 def confusion_matrix(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

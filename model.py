@@ -19,7 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH_COUNT = ".num_batches_tracked"  # of batch norm; older files of torchvision lack it
 CHECKPOINT_TYPES = {
     "epoch": int,  # the last finished one, -1 for none
-    "position": (dict, type(None)),  # in the epoch after it, as `RunningMetrics.position`; None: between two epochs
+    "position": (dict, type(None)),  # in the epoch after it, as `RunningMetrics.epoch_state`; None: between two epochs
     "model_state_dict": dict,  # the validated weights: with --ema the averaged ones
     "raw_state_dict": dict,  # with --ema the weights in training, else empty
     "averaged_steps": int,  # with --ema, the number of averaged steps
@@ -45,7 +45,7 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, num_features))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         # of length 1: Adam's steps have a fixed size, which would hardly turn a long vector
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
@@ -83,7 +83,7 @@ class Model(nn.Module):
             images = self.normalize(images)
         return self.head(self.dropout(self.backbone(images)))
 
-    def freeze_backbone(self):
+    def freeze_backbone(self) -> None:
         """From now on the backbone gets no gradients, and its batch norm stays in evaluation mode."""
         self.backbone.requires_grad_(False).eval()
         self.is_backbone_frozen = True
@@ -94,7 +94,7 @@ class Model(nn.Module):
             self.backbone.eval()
         return self
 
-    def load_initial_weights(self, state_dict: dict, weight_classes: list[str] | None, classes: list[str]):
+    def load_initial_weights(self, state_dict: dict, weight_classes: list[str] | None, classes: list[str]) -> None:
         """Start from what `read_weights` returned. The head is loaded only if it is of this kind, for these classes."""
         head = {f"head.{name}" for name in self.head.state_dict()}
         use_head = weight_classes == classes and head == {name for name in state_dict if name.startswith("head.")}
@@ -146,9 +146,9 @@ def checkpoint_bytes(checkpoint: dict) -> bytes:
     return buffer.getbuffer()
 
 
-def save_checkpoint(path: str | Path, content: bytes):
-    """Write `checkpoint_bytes`. A crash at any moment leaves the previous file or the new one. Raises OSError."""
-    write_bytes(path, content)
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint. A crash at any moment leaves the previous file or the new one. Raises OSError."""
+    write_bytes(path, checkpoint_bytes(checkpoint))
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict:

@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metrics import with_interval
+from metrics import format_with_interval
 from run.files import atomic_write
 
 # matplotlib's default font has no Hangul; class names that need it are drawn in one of these, if installed
@@ -39,7 +39,7 @@ CLASS_COLUMNS = {
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def plot_curves(path: str | Path, history: Sequence[Mapping], best_epoch: int, changes: Sequence[int] = ()):
+def plot_curves(path: str | Path, history: Sequence[Mapping], best_epoch: int, changes: Sequence[int] = ()) -> None:
     """Plot losses and metrics over the epochs.
 
     history: rows of `history.csv`; changes: the epochs at which another loss or another sampling starts.
@@ -76,7 +76,7 @@ def plot_curves(path: str | Path, history: Sequence[Mapping], best_epoch: int, c
     save_figure(figure, path)
 
 
-def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequence[str], title: str):
+def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequence[str], title: str) -> None:
     """Plot the share of each true class (row) with each prediction (column), and the counts.
 
     matrix: (C, C) int, rows: true classes, columns: predictions.
@@ -106,7 +106,7 @@ def _installed(fonts):
     return [font for font in fonts if font in names]
 
 
-def save_figure(figure: Figure, path: str | Path):
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG. Prints a line if no font has the letters of its text."""
     FigureCanvasAgg(figure)
     with atomic_write(path, "wb") as file, warnings.catch_warnings(record=True) as caught:
@@ -119,7 +119,7 @@ def save_figure(figure: Figure, path: str | Path):
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-def write_report(run_dir: str | Path, args: Mapping[str, Any], results: Mapping[str, Any]):
+def write_report(run_dir: str | Path, args: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Write `report.html`, a single self-contained file with the metrics, the plots and the flags of a run.
 
     args: {flag: value}; results: as in `results.json`.
@@ -170,7 +170,7 @@ def _class_table(results):
 def _cell(metrics, name):
     if metrics[name] is None:  # of a class that does not occur
         return "-"
-    return with_interval(metrics[name], metrics.get(f"{name}_ci")).replace(", ", f",{NO_BREAK_SPACE}")
+    return format_with_interval(metrics[name], metrics.get(f"{name}_ci")).replace(", ", f",{NO_BREAK_SPACE}")
 
 
 def _table(heads, rows):

@@ -22,17 +22,17 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(argv: Sequence[str]):
+def run(argv: Sequence[str]) -> None:
     compare_runs(build_parser().parse_args(argv).run_dirs)
 
 
-def compare_runs(run_dirs: Sequence[str]):
+def compare_runs(run_dirs: Sequence[str]) -> None:
     """Print the comparison. Runs that were not evaluated on validation images come last."""
     from study.spread import print_spread, spread_over
 
     groups = runs_by_flags(run_dirs)
     if not groups:
-        raise UserError(f"{run_dirs[0]} is not a finished run, and neither is any other; name folders of finished runs")
+        raise UserError("none of the folders is a finished run; name folders of finished runs")
     flags_of_groups = [json.loads(key) for key in groups]
     names = dict.fromkeys(name for flags in flags_of_groups for name in flags)
     differing = [name for name in names if len({json.dumps(flags.get(name)) for flags in flags_of_groups}) > 1]

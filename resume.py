@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from engine import Engine
-from flags import build_parser, every_folder, is_inside, parse_flags, replaced_splits
+from flag_checks import parse_flags
+from flags import SPLITS, build_parser, data_folders, replaced_splits
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, file_stat
-from images.splits import SPLITS, check_folders_used, find_images, paths_by_split
+from images.splits import check_folders_used, find_images, paths_by_split
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
 from run.cli import Damaged, UserError
-from run.folder import locked, new_folder, own_folder, timestamped
+from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
 from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
 from schedule import Stage, steps_before
@@ -55,9 +56,10 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
         elif path and file_stat(path) != stat_when_read:  # another process has saved in between
             checkpoint = load_checkpoint(path)
         if checkpoint:
-            args = parse_flags(argv, inherited_flags(checkpoint, path, args, run_dir))
+            inherited = inherited_flags(checkpoint, path, args, run_dir)
+            args = parse_flags(argv, inherited, checkpoint_is_known=True)
         elif args.auto_resume:
-            args = parse_flags(argv, {})
+            args = parse_flags(argv, checkpoint_is_known=True)
         args.resume, args.run_dir = path and str(path), str(run_dir)
         if checkpoint:
             check_resumed_flags(args, checkpoint)
@@ -67,10 +69,8 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
 def run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """-> context of the folder to write to, locked: that of the checkpoint if a training is resumed, else a new one."""
     if args.auto_resume:
-        return own_folder(args.run_dir, "--run_dir")
+        return open_or_create_folder(args.run_dir, "--run_dir")
     beside = Path(args.resume or "").absolute().parent
-    if args.run_dir and args.resume and not args.eval_only and Path(args.run_dir).absolute() != beside:
-        raise UserError(f"--run_dir: a run is resumed in the folder of its checkpoint, {beside}; omit this flag")
     if args.resume and not args.eval_only:
         return locked(beside)
     if args.run_dir:
@@ -104,7 +104,7 @@ def find_checkpoint(run_dir: str | Path) -> tuple[Path, dict] | None:
     return None
 
 
-def set_damaged_aside(run_dir: str | Path):
+def set_damaged_aside(run_dir: str | Path) -> None:
     """Rename a damaged last checkpoint: the next save would keep it in the place of the previous one."""
     with suppress(FileNotFoundError):
         os.replace(Path(run_dir, LAST), Path(run_dir, DAMAGED))
@@ -133,7 +133,7 @@ def inherited_flags(
     return inherited
 
 
-def check_inherited(inherited: dict[str, Any], path: str | Path):
+def check_inherited(inherited: dict[str, Any], path: str | Path) -> None:
     """Raise UserError if a flag of the checkpoint at `path` has a value that no command line can give it."""
     for action in build_parser()._actions:
         if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
@@ -151,10 +151,8 @@ def check_inherited(inherited: dict[str, Any], path: str | Path):
             raise UserError(f"--resume: {path} has been altered: its --{action.dest} is {value!r}")
 
 
-def check_resumed_flags(args: argparse.Namespace, checkpoint: dict):
+def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     """Raise UserError for flags that cannot change when a run is resumed."""
-    if args.demo:
-        raise UserError("--demo: a run is resumed with its own data; omit --demo")
     if (args.train_loss == "ldam") != (checkpoint["args"].get("train_loss") == "ldam"):
         raise UserError("--train_loss: ldam has its own head; a trained model cannot change to or from it")
     fixed = FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING
@@ -189,17 +187,17 @@ def snapshot(
     splits: dict[str, ImageIndex],
     samples_per_cls: np.ndarray,
     wandb_id: str | None,
-    position: dict | None,
+    epoch_state: dict | None,
 ) -> tuple[list[dict], bytes]:
     """-> (history, checkpoint file) of a run as it is now.
 
-    position: in the epoch after `progress.epoch`, by `RunningMetrics.position`; None between two epochs. Raises
+    epoch_state: of the epoch after `progress.epoch`, by `RunningMetrics.epoch_state`; None between two epochs. Raises
     UserError if the training has diverged: the previous checkpoint is the better one.
     """
     engine.check_weights()
     checkpoint = {
         "epoch": progress.epoch,
-        "position": position,
+        "position": epoch_state,
         "model_state_dict": engine.evaluated.state_dict(),
         "raw_state_dict": engine.model.state_dict() if engine.average else {},
         "averaged_steps": int(engine.average.n_averaged) if engine.average else 0,
@@ -225,7 +223,7 @@ def snapshot(
 def restore_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, ImageIndex]:
     """-> the splits of the checkpoint, as they were. Raises UserError if an image is missing or has changed."""
     splits, num_unused = find_images(checkpoint, SPLITS, vars(args))
-    check_folders_used(splits, every_folder(vars(args)))
+    check_folders_used(splits, data_folders(vars(args)))
     if num_unused:
         print(f"left out {num_unused} images that are in no split of the checkpoint")
     return read_all(splits, open_cache(args), skip_broken=False)  # without one of its images it is another split
@@ -234,17 +232,17 @@ def restore_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, Imag
 def restore(
     engine: Engine, checkpoint: dict, args: argparse.Namespace, stages: list[Stage]
 ) -> tuple[Progress, dict | None]:
-    """Restore model, optimizer, schedule, scaler and random state. -> (progress, position in the epoch after it)
+    """Restore model, optimizer, schedule, scaler and random state. -> (progress, state of the epoch after it)
 
     Flags that are given again win over those of the checkpoint.
     """
     if args.auto_resume and Path(args.resume).name == PREVIOUS:
         set_damaged_aside(args.run_dir)
-    position, trained_flags = checkpoint["position"], checkpoint["args"]
+    epoch_state, trained_flags = checkpoint["position"], checkpoint["args"]
     names = (*ORDER_FLAGS, "epochs") if args.sampling == "progressive" or args.crt_epochs else ORDER_FLAGS
-    if position and any(getattr(args, name) != trained_flags.get(name, getattr(args, name)) for name in names):
-        print(f"epoch {checkpoint['epoch'] + 1} starts over: its images come in another order now")
-        position = None
+    if epoch_state and any(getattr(args, name) != trained_flags.get(name, getattr(args, name)) for name in names):
+        print(f"epoch {checkpoint['epoch'] + 1} restarts from its first image: changed flags change their order")
+        epoch_state = None
     try:
         engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
         if engine.average:
@@ -258,9 +256,9 @@ def restore(
         torch.set_rng_state(checkpoint["rng_state"]["cpu"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise weights_do_not_fit(args.resume, error) from error
-    where = f", after {position['images']} of its images" if position else ""
+    where = f", after {epoch_state['images']} of its images" if epoch_state else ""
     print(f"resuming with epoch {checkpoint['epoch'] + 1}{where}")
-    steps = math.ceil(position["images"] / (args.batch_size * args.grad_accum)) if position else 0
+    steps = math.ceil(epoch_state["images"] / (args.batch_size * args.grad_accum)) if epoch_state else 0
     engine.scheduler.last_epoch = steps_before(checkpoint["epoch"] + 1, stages, args.grad_accum) + steps  # in steps
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
@@ -268,11 +266,11 @@ def restore(
         group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
     if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
-    best_metric, best_epoch = settle_best_model(checkpoint, args.resume, args.run_dir)
-    return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), position
+    best_metric, best_epoch = reconcile_best_model(checkpoint, args.resume, args.run_dir)
+    return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), epoch_state
 
 
-def settle_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path) -> tuple[float, int]:
+def reconcile_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path) -> tuple[float, int]:
     """-> (metric, epoch) of the best model so far; best_model.pth agrees with them afterwards.
 
     A crash can leave that file one epoch behind the checkpoint at `path`, which then replaces it; or ahead of it, if
@@ -284,7 +282,7 @@ def settle_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path) -
     best, damage = None, None
     if best_path.exists():
         try:
-            best = load_checkpoint(best_path)
+            best = checkpoint if os.path.samefile(path, best_path) else load_checkpoint(best_path)
         except Damaged as error:
             damage = error
     if best and best["classes"] == checkpoint["classes"]:
@@ -293,14 +291,14 @@ def settle_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path) -
         if found == so_far or (best["epoch"] > checkpoint["best_epoch"] and same_past):
             return found
     if is_best_itself:
-        save_checkpoint(best_path, checkpoint_bytes(checkpoint))
+        save_checkpoint(best_path, checkpoint)
         return so_far
     if damage:
         raise UserError(f"{damage}; restore it, or delete it to keep the best of the epochs to come")
     if best:
         raise UserError(
             f"--resume: {best_path} is not the best model of {path} (of epoch {best['epoch']}, not "
-            f"{checkpoint['best_epoch']}); put the right file beside it"
+            f"{checkpoint['best_epoch']}); copy the matching best_model.pth into the folder"
         )
     if checkpoint["best_epoch"] >= 0:
         print(f"warning: {best_path} does not exist; the best of the epochs to come is kept", file=sys.stderr)

@@ -19,7 +19,9 @@ NETWORK_STRIDE = 16  # of the ResNet-50 with last-stage stride 1
 SMALLEST_SIZE = 32  # at 16 px the last features are one pixel, and batch norm fails on a batch of one image
 
 
-def build_criterion(args: argparse.Namespace, samples_per_cls: Sequence[int], weighted: bool = True) -> torch.nn.Module:
+def build_loss_from_flags(
+    args: argparse.Namespace, samples_per_cls: Sequence[int], weighted: bool = True
+) -> torch.nn.Module:
     """The loss of `--train_loss`. samples_per_cls: (C,) counts of the original training images.
 
     weighted: see `build_loss`. LDAM has no class weights without `--drw_epoch`, as in its paper.
@@ -67,7 +69,9 @@ def plan_stages(
     stages, end = [], args.epochs - args.crt_epochs
     if args.drw_epoch:
         plain_loader = train_loader(index, args, device, use_augmentation=False, sampling="instance")
-        stages.append(Stage(0, args.drw_epoch, plain_loader, build_criterion(args, index.counts(), weighted=False)))
+        stages.append(
+            Stage(0, args.drw_epoch, plain_loader, build_loss_from_flags(args, index.counts(), weighted=False))
+        )
     loader = train_loader(index, args, device, use_augmentation=args.use_augmentation, sampling=args.sampling)
     stages.append(Stage(args.drw_epoch, end, loader, criterion))
     if args.crt_epochs:
@@ -126,7 +130,7 @@ def progressive_size(epoch: int, epochs: int, image_size: int) -> int:
     return min(max(side, SMALLEST_SIZE), image_size)
 
 
-def print_stages(stages: list[Stage], num_originals: int):
+def print_stages(stages: list[Stage], num_originals: int) -> None:
     for stage in stages:
         dataset, sampler = stage.loader.dataset, stage.loader.sampler
         what = [type(stage.criterion).__name__]
@@ -139,10 +143,10 @@ def print_stages(stages: list[Stage], num_originals: int):
         print(f"epochs {stage.start} to {stage.end - 1}: {', '.join(what)}")
 
 
-def warn_of_early_best(best_epoch: int, stages: list[Stage]):
+def warn_of_early_best(best_epoch: int, stages: list[Stage]) -> None:
     """Print a line if the best model was trained before the last stage."""
     if best_epoch < stages[-1].start:
         print(
-            f"warning: the best epoch, {best_epoch}, is before --drw_epoch / --crt_epochs start in epoch "
-            f"{stages[-1].start}: the model that is kept and tested was trained without them"
+            f"warning: the best epoch, {best_epoch}, is earlier than the stage that --drw_epoch / --crt_epochs starts "
+            f"in epoch {stages[-1].start}: the saved model was trained without it"
         )

@@ -125,7 +125,7 @@ class WandbRun:
             print(f"warning: W&B has failed ({first_line(error) or type(error).__name__}); continuing without it")
             self._has_failed = True
 
-    def catch_up(self, progress: Progress):
+    def catch_up(self, progress: Progress) -> None:
         """Log the epochs that are saved but not logged, because the run was interrupted or is new on this server.
 
         Offline, what the server has is unknown: all epochs are logged, so that the last segment
@@ -143,15 +143,15 @@ class WandbRun:
         """Folders that W&B wrote for this run, one per start. kind: "run" (online) or "offline-run"."""
         return sorted(Path(self._run.dir).parent.parent.glob(f"{kind}-*-{self.id}"))
 
-    def log_epoch(self, row: Mapping[str, Any], progress: Progress):
+    def log_epoch(self, row: Mapping[str, Any], progress: Progress) -> None:
         """row: of the epoch in `history.csv`, with {class: recall} as `val_recall`."""
         if self._is_active():
             with self._never_stopping_the_training():
                 best = {"best_epoch": progress.best_epoch, "best_metric": progress.best_metric}
                 self._run.log({**_flat(row), **best})
-                self._summarise_best_epoch(progress)
+                self._summarize_best_epoch(progress)
 
-    def _summarise_best_epoch(self, progress):
+    def _summarize_best_epoch(self, progress):
         """A sweep compares the metrics of the best epoch, not of the last one, also for a trial that is stopped."""
         best_row = progress.best_row()
         if best_row:
@@ -164,7 +164,7 @@ class WandbRun:
         test: ImageIndex,
         probabilities: np.ndarray,
         best_model: str | Path,
-    ):
+    ) -> None:
         """Log test metrics, confusion matrix and PR curves; with their flags, the worst mistakes and the best model.
 
         progress: `Progress`; results: as in `results.json`; test: N images; probabilities: (N, C); best_model: path of
@@ -195,7 +195,7 @@ class WandbRun:
             {"title": "test: precision and recall", "x-axis-title": "Recall", "y-axis-title": "Precision"},
         )
         self._run.log({"test_confusion_matrix": matrix, "test_pr_curves": curves})
-        self._summarise_best_epoch(progress)
+        self._summarize_best_epoch(progress)
         metrics, adjusted = results["test"], results["posthoc"]["test"]
         for name in ("loss", "acc", "balanced_acc", "macro_f1"):
             self._run.summary.update({f"test_{name}": metrics[name], f"test_posthoc_{name}": adjusted[name]})

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flags import SPLITS, every_folder
+from flags import SPLITS, data_folders
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
 from images.leakage import check_subjects, subject_ids, warn_of_grouped_names, warn_of_near_duplicates
@@ -210,10 +210,10 @@ def find_images(
 
     -> ({split: ImageIndex}, how many other images the folders contain). Raises UserError as `restore_split` does.
     """
-    folders = every_folder(flags)
+    folders = data_folders(flags)
     index = index_folders(folders, checkpoint["classes"], "--data_dirs / --val_dirs / --test_dirs")
     paths, sizes = ({split: checkpoint[key][split] for split in names} for key in ("splits", "file_sizes"))
-    splits = restore_split(index, paths, sizes, folders, every_folder(checkpoint["args"]))
+    splits = restore_split(index, paths, sizes, folders, data_folders(checkpoint["args"]))
     return splits, len(index) - sum(map(len, splits.values()))
 
 
@@ -231,8 +231,8 @@ def restore_split(
     and file sizes in bytes; previous_folders: the data folders of the checkpoint's run. Raises UserError if an image is
     missing or has changed, after listing all of these.
     """
-    position_at = {_place(path, folders): i for i, path in enumerate(index.paths)}
-    places = {split: [_place(path, previous_folders) for path in split_paths] for split, split_paths in paths.items()}
+    position_at = {_locate(path, folders): i for i, path in enumerate(index.paths)}
+    places = {split: [_locate(path, previous_folders) for path in split_paths] for split, split_paths in paths.items()}
     size_at = [file_stat(path)[0] for path in index.paths]
     matches = Counter()
     for split, split_places in places.items():
@@ -258,7 +258,7 @@ def restore_split(
     return {split: index.subset(chosen) for split, chosen in positions.items()}
 
 
-def _place(path, folders):
+def _locate(path, folders):
     """-> (number of the folder that contains `path`, path below it). Names are compared in composed form (NFC)."""
     prefixes = [os.path.join(folder, "") for folder in folders]
     containing = [number for number, prefix in enumerate(prefixes) if path.startswith(prefix)]
@@ -282,7 +282,7 @@ def _refuse_lost_images(lost, total):
 
 def check_folders_used(splits: dict[str, ImageIndex], folders: Sequence[str]) -> None:
     """Raise UserError if one of `folders` has no image of the splits: a resumed run keeps its splits, it adds none."""
-    used = {_place(path, folders)[0] for index in splits.values() for path in index.paths}
+    used = {_locate(path, folders)[0] for index in splits.values() for path in index.paths}
     for number, folder in enumerate(folders):
         if number not in used:
             raise UserError(

@@ -52,7 +52,7 @@ class LossyStream:
             self._stream.write(text)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -60,7 +60,7 @@ class LossyStream:
         return getattr(self._stream, name)
 
 
-def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", total: int | None = None):
+def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", total: int | None = None) -> Any:
     """A tqdm progress bar that is silent where there is no terminal."""
     from tqdm import tqdm
 
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
@@ -97,7 +97,7 @@ def number(
         if not (math.isfinite(value) and low <= value <= high and above < value < below):
             bounds = {"at least": low, "at most": high, "below": below, "above": above}
             expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-            raise argparse.ArgumentTypeError(f"{text} is not {expected or 'a finite number'}")
+            raise argparse.ArgumentTypeError(f"must be {expected or 'a finite number'}, not {text}")
         return value
 
     parse.__name__ = cast.__name__
@@ -119,7 +119,7 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def add_switch(group: argparse._ActionsContainer, name: str, default: bool, help: str):
+def add_switch(group: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
     """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
     group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
     group.add_argument(

@@ -67,13 +67,13 @@ def _sync_folder(folder):
             os.close(descriptor)
 
 
-def write_bytes(path: str | Path, content: bytes, previous: str | None = None):
+def write_bytes(path: str | Path, content: bytes, previous: str | None = None) -> None:
     """content: of a checkpoint. previous: see `atomic_write`."""
     with atomic_write(path, "wb", previous) as file:
         file.write(content)
 
 
-def write_json(path: str | Path, content: Any):
+def write_json(path: str | Path, content: Any) -> None:
     with atomic_write(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -120,7 +120,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping]):
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
     """rows: dicts; keys that are not in `columns` are left out."""
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -128,13 +128,13 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping])
         writer.writerows(rows)
 
 
-def write_history(path: str | Path, history: Iterable[Mapping]):
+def write_history(path: str | Path, history: Iterable[Mapping]) -> None:
     write_csv(path, HISTORY_COLUMNS, history)
 
 
 def write_predictions(
     path: str | Path, image_paths: Iterable[str], targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
-):
+) -> None:
     """One row per image. image_paths: N; targets: (N,) int; probabilities: (N, C) float; classes: C names."""
     predictions = np.argmax(probabilities, axis=1)
     with atomic_write(path) as file:

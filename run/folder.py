@@ -84,7 +84,7 @@ def new_folder(folder: str | Path, flag: str, numbered: bool = False) -> Iterato
 
 
 @contextmanager
-def own_folder(folder: str | Path, flag: str) -> Iterator[Path]:
+def open_or_create_folder(folder: str | Path, flag: str) -> Iterator[Path]:
     """Lock the folder of a run that may have started; create it if it does not exist. -> the folder
 
     Raises UserError, naming `flag`, if it holds something else.
@@ -103,3 +103,8 @@ def own_folder(folder: str | Path, flag: str) -> Iterator[Path]:
 def timestamped(prefix: str | Path) -> str:
     """-> `<prefix>_YYYYMMDD_HHMMSS`"""
     return f"{os.path.normpath(prefix)}_{time.strftime('%Y%m%d_%H%M%S')}"
+
+
+def is_inside(path: str, folder: str | Path) -> bool:
+    """Whether `path` is in `folder`, links resolved."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -41,7 +41,7 @@ def _cpu_computes_bf16():
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Make the C library keep freed memory for the next step instead of returning it to the system.
 
     On a CPU each step allocates gigabytes of activations, and every 4 kB of new memory costs a page fault: a tenth to
@@ -65,8 +65,8 @@ def name_hardware_errors() -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
-                "--batch_size: the memory of the GPU is too small; half of it with twice the --grad_accum gives the "
-                f"same steps ({reason})"
+                "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
+                f"steps ({reason})"
             ) from error
         if "DataLoader worker" in reason:
             raise UserError(

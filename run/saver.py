@@ -30,32 +30,32 @@ class Saver:
         save_every: int = 0,
         save_minutes: float = 0,
     ):
-        """snapshot: called with the position in the epoch, or None between two epochs. -> (history, checkpoint file)"""
+        """snapshot: called with the state of the epoch, None between two epochs. -> (history, checkpoint file)"""
         self.run_dir, self._snapshot, self._signals = Path(run_dir), snapshot, signals
         self._save_every, self._save_seconds = save_every, 60 * save_minutes
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._unsaved, self._unsaved_best = None, None  # (history, checkpoint file), checkpoint file
         self._failing = False
 
-    def after_step(self, running_metrics: Any):
+    def after_step(self, running_metrics: Any) -> None:
         """Save if it is time to. Called where the run can be interrupted: after a step, or a batch of validation.
 
         running_metrics: `RunningMetrics` of the epoch. Raises Stopped after a signal.
         """
         if self._is_due(running_metrics.steps) or self._signals.stopped:
-            self._unsaved = self._snapshot(running_metrics.position())
+            self._unsaved = self._snapshot(running_metrics.epoch_state())
             self._write()
             self._saved_step = running_metrics.steps
         self._signals.raise_if_stopped()
 
-    def after_epoch(self, is_best: bool):
+    def after_epoch(self, is_best: bool) -> None:
         self._unsaved = self._snapshot(None)
         if is_best:
             self._unsaved_best = self._unsaved[1]
         self._write(is_best)
         self._saved_step = 0
 
-    def finish(self):
+    def finish(self) -> None:
         """Write what the disk has refused so far. Raises OSError if it still refuses."""
         self._write(is_last_try=True)
 
@@ -64,13 +64,13 @@ class Saver:
         if self._failing:
             return seconds >= RETRY_SECONDS
         return (
-            self._signals.save_wanted
+            self._signals.save_requested
             or 0 < self._save_every <= steps - self._saved_step
             or 0 < self._save_seconds <= seconds
         )
 
     def _write(self, is_best=False, is_last_try=False):
-        self._saved_at, self._signals.save_wanted = time.monotonic(), False
+        self._saved_at, self._signals.save_requested = time.monotonic(), False
         try:
             if self._unsaved:
                 history, checkpoint_file = self._unsaved

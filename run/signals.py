@@ -21,12 +21,12 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """A context in which SIGINT, SIGTERM and SIGHUP raise `Stopped`; within `deferred`, at the next `raise_if_stopped`.
 
-    A second signal ends the process at once. SIGUSR1, which job queues send as a warning, sets `save_wanted`. Signals
-    that were ignored when the process started (SIGINT in the background, SIGHUP under nohup) stay ignored.
+    A second signal ends the process at once. SIGUSR1, which job queues send as a warning, sets `save_requested`.
+    Signals that were ignored when the process started (SIGINT in the background, SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
-        self.save_wanted, self.saved = False, False  # saved: by this process, which can be resumed
+        self.save_requested, self.saved = False, False  # saved: by this process, which can be resumed
         self._stopped_by, self._stopped_at, self._deferred = None, 0.0, False
 
     def __enter__(self):
@@ -57,13 +57,13 @@ class Signals:
             os.write(1, b"stopping after this step; a second signal ends the process at once\n")
 
     def _on_save(self, number, frame):
-        self.save_wanted = True
+        self.save_requested = True
 
     @property
     def stopped(self) -> bool:
         return self._stopped_by is not None
 
-    def raise_if_stopped(self):
+    def raise_if_stopped(self) -> None:
         """Raises Stopped after a signal."""
         if self._stopped_by:
             raise Stopped(self._stopped_by)

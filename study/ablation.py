@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from flags import parse_flags
+from flag_checks import parse_flags
 from images.decode import limit_image_size
 from images.folders import ImageIndex
 from images.splits import make_splits
 from run.cli import UserError
 from run.files import read_json, read_rows, write_json
 from run.signals import Signals
-from schedule import build_criterion, plan_stages
+from schedule import build_loss_from_flags, plan_stages
 from study.grid import common_flags, with_epochs
 from study.process import ProcessPool, TrialProcess, keep_best_model_only
 from study.started_with import check_same_settings
@@ -53,13 +53,13 @@ def plan_runs(
     def parse(flags):
         return parse_flags([*common, *flags])
 
-    baseline = parse(["--epochs", str(args.epochs)])
-    limit_image_size(baseline.max_megapixels)
-    splits = make_splits(baseline)
+    plain_args = parse(["--epochs", str(args.epochs)])
+    limit_image_size(plain_args.max_megapixels)
+    splits = make_splits(plain_args)
     index, flags_of = splits["train"], {}
     for method, flags in grid.items():
         try:
-            flags_of[method] = with_same_steps(flags, parse, baseline, index)
+            flags_of[method] = with_same_steps(flags, parse, plain_args, index)
         except UserError as error:
             raise UserError(f"{method}: {error}") from error
         num_steps = sum(steps_of(parse(flags_of[method]), index))
@@ -74,13 +74,13 @@ def plan_runs(
 
 
 def with_same_steps(
-    flags: str, parse: Callable[[list[str]], argparse.Namespace], baseline: argparse.Namespace, index: ImageIndex
+    flags: str, parse: Callable[[list[str]], argparse.Namespace], plain_args: argparse.Namespace, index: ImageIndex
 ) -> list[str]:
-    """Choose the epochs of a method so that its steps come closest to those of `baseline`, with equal warm-up steps.
+    """Choose the epochs of a method so that its steps come closest to those of `plain_args`, with equal warm-up steps.
 
     index: the training images. -> the flags of the method
     """
-    baseline_steps = steps_of(baseline, index)
+    step_budget = steps_of(plain_args, index)
 
     def total(epochs):
         try:
@@ -88,17 +88,17 @@ def with_same_steps(
         except UserError:  # a share of so few epochs is none or all of them
             return 0
 
-    first_enough = 1 + bisect_left(range(1, 100 * baseline.epochs), sum(baseline_steps), key=total)
+    first_enough = 1 + bisect_left(range(1, 100 * plain_args.epochs), sum(step_budget), key=total)
     candidates = max(1, first_enough - 1), first_enough
-    epochs = min(candidates, key=lambda epochs: abs(total(epochs) - sum(baseline_steps)))
+    epochs = min(candidates, key=lambda epochs: abs(total(epochs) - sum(step_budget)))
     chosen = with_epochs(flags, epochs)
-    warmup = baseline.warmup_epochs * baseline_steps[0] / steps_of(parse(chosen), index)[0]
+    warmup = plain_args.warmup_epochs * step_budget[0] / steps_of(parse(chosen), index)[0]
     return ["--warmup_epochs", f"{warmup:.4g}", *chosen]  # first, so that a method may set its own
 
 
 def steps_of(args: argparse.Namespace, index: ImageIndex) -> list[int]:
     """-> number of optimizer steps in each epoch of a training on `index` with main.py's flags `args`."""
-    stages = plan_stages(args, index, build_criterion(args, index.counts()), torch.device("cpu"))
+    stages = plan_stages(args, index, build_loss_from_flags(args, index.counts()), torch.device("cpu"))
     return [stage.steps(args.grad_accum) for stage in stages for _ in range(stage.start, stage.end)]
 
 
@@ -107,7 +107,7 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name.lower())
 
 
-def check_same_start(path: Path, runs: list[MethodRun], num_images: int) -> None:
+def check_and_record_runs(path: Path, runs: list[MethodRun], num_images: int) -> None:
     """Raise UserError if the runs in the folder of `path` were started with other flags or images, else note theirs."""
 
     def settings(num_images, flags):
@@ -134,7 +134,7 @@ def train_runs(runs: list[MethodRun], jobs: int, signals: Signals) -> None:
     waiting = [run for run in runs if not run.has_results()]
     training: dict[TrialProcess, MethodRun] = {}
 
-    def look():
+    def poll():
         for process in [process for process in training if process.status is not None]:
             pool.release(process)
             run = training.pop(process)
@@ -146,11 +146,11 @@ def train_runs(runs: list[MethodRun], jobs: int, signals: Signals) -> None:
                 print(errors[-1])
         if pool.is_stopping:
             waiting.clear()
-        while pool.num_free() and (run := next((run for run in waiting if not pool.is_left_over(run.folder)), None)):
+        while pool.num_free() and (run := next((run for run in waiting if not pool.stop_left_over(run.folder)), None)):
             waiting.remove(run)
             training[pool.start(run.flags, run.folder)] = run
         return bool(waiting or training)
 
-    pool.supervise(look, signals)
+    pool.supervise(poll, signals)
     if errors:
         raise UserError(f"{len(errors)} runs failed; {errors[-1]}")

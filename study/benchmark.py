@@ -21,10 +21,11 @@ from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, EpochSampler, make_loader, train_loader
-from engine import DeviceBatches, Engine, RunningMetrics
-from flags import parse_flags
+from engine import Engine, RunningMetrics
+from flag_checks import parse_flags
 from images.cache import ImageCache, read_all
 from images.demo import draw_patch
+from images.device_batches import DeviceBatches
 from images.folders import ImageIndex, Paths, index_folders
 from images.leakage import near_duplicates
 from images.splits import make_splits
@@ -57,6 +58,7 @@ MATRIX_SIZE = 4096
 
 def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, output: str | Path) -> dict:
     """Measure the parts that `--parts` names. -> content of bench.json, which is written after each part."""
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # as main.py does
     results = {"machine": describe_machine(device)}
     write_json(output, results)  # first: a file that cannot be written is reported before minutes of measuring
     measurements = {
@@ -300,16 +302,14 @@ def _startup_seconds(count, device):
 
 
 def write_many_files(folder: Path, count: int) -> None:
-    """Write the same small photograph `count` times, spread over class folders."""
+    """Write `count` different small photographs, spread over class folders."""
     for c in range(NUM_CLASSES):
         (folder / str(c)).mkdir(parents=True)
-    photo = folder / "photo.jpg"
-    PIL.Image.fromarray(draw_patch(3, np.random.default_rng(0), 64)).save(photo)
-    content = photo.read_bytes()
-    photo.unlink()
+    rng = np.random.default_rng(0)
     for number in progress_bar(range(count), "files", "file"):
+        photo = cv2.resize(rng.integers(256, size=(8, 8, 3), dtype=np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
         name = f"subject_{number // 10:06d}_{number % 10}.jpg"
-        (folder / str(number % NUM_CLASSES) / name).write_bytes(content)
+        (folder / str(number % NUM_CLASSES) / name).write_bytes(cv2.imencode(".jpg", photo)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

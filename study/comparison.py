@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from evaluation import adjust
 from images.leakage import subject_names
-from metrics import INTERVAL, Bootstrap, confusion_metrics, with_interval
+from metrics import INTERVAL, Bootstrap, confusion_metrics, format_with_interval
 from pages import save_figure
 from run.cli import UserError
 from run.files import atomic_write, read_json, read_predictions, write_csv
@@ -244,9 +244,8 @@ def _cells(row, rarest, is_baseline, num_seeds):
     cells = [row["method"]]
     for name in METRICS:
         deviation = f" ± {row[f'{name}_std']:.3f}" if num_seeds > 1 else ""
-        cells.append(with_interval(row[name], row[f"{name}_ci"]) + deviation)
-    low, high = row["balanced_acc_difference_ci"]
-    difference = f"{row['balanced_acc_difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells.append(format_with_interval(row[name], row[f"{name}_ci"]) + deviation)
+    difference = format_with_interval(row["balanced_acc_difference"], row["balanced_acc_difference_ci"], sign="+")
     difference += f", {row['balanced_acc_agreeing']} of {num_seeds} seeds" if num_seeds > 1 else ""
     cells += ["", ""] if is_baseline else [difference, f"{row['balanced_acc_p']:.3f}"]
     cells += [f"{row['recalls'][name]:.2f}" if row["recalls"] else "" for name in rarest]

@@ -1,7 +1,6 @@
 """Cross-validation: each fold as a run of its own, then mean and spread over them and all test images together."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import print_metrics
-from flags import is_neutral, is_ordinal, parse_flags
+from flag_checks import parse_flags
+from flags import is_neutral, is_ordinal
 from images.folders import index_folders
 from images.leakage import subject_ids
 from metrics import RANKINGS, full_metrics
 from resume import run_folder
-from run.cli import UserError
 from run.files import read_json, read_predictions, write_json
 from run.folder import FOLDS_FILE
 from study.spread import print_spread, spread_over
@@ -26,24 +25,20 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
 
     args: by `parse_flags(argv)`. run_fold: called with a command line and `resume_hint`, -> exit status of the run.
     """
-    if args.wandb_id or "WANDB_SWEEP_ID" in os.environ:
-        raise UserError(
-            "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold"
-        )
     with run_folder(args) as folder:
-        settled = parse_flags([*argv, "--fold", "0"], {})
-        settled.run_dir = str(folder)
+        run_args = parse_flags([*argv, "--fold", "0"], checkpoint_is_known=True)
+        run_args.run_dir = str(folder)
         command = shlex.join(["python", "main.py", *argv, "--run_dir", str(folder), "--auto_resume"])
         resume_hint = "; resume with the same command" if args.auto_resume else f"; resume with: {command}"
         run_dirs = [folder / f"fold_{fold}" for fold in range(args.folds)]
-        check_same_folds(folder / FOLDS_FILE, settled)
+        check_and_record_folds(folder / FOLDS_FILE, run_args)
         for fold, run_dir in enumerate(run_dirs):
             print(f"fold {fold} of {args.folds}")
             name = f"{args.wandb_name or folder.name}_fold_{fold}"
             fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
             if status := run_fold([*argv, *fold_flags], resume_hint=resume_hint):
                 return status
-        spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, settled)
+        spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, run_args)
         write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
         print_spread(f"mean and standard deviation of {args.folds} folds", spread)
         print_metrics("test images of all folds together", pooled)
@@ -51,7 +46,7 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
     return 0
 
 
-def check_same_folds(path: Path, args: argparse.Namespace):
+def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     """Raise UserError if the folds were started with other flags or images; `path` keeps those of the first time."""
     index = None if args.demo else index_folders(args.data_dirs)
     images = index and dict(zip(index.classes, index.counts().tolist(), strict=True))

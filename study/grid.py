@@ -3,10 +3,10 @@
 import shlex
 from collections.abc import Mapping
 
-from flags import parse_flags
+from flag_checks import parse_flags
 from run.cli import UserError
 from run.files import read_yaml
-from study.process import OWN_FLAGS, refuse_flags
+from study.process import RESERVED_FLAGS, refuse_flags
 
 # 0.8E: 80 % of the epochs. Oversampling makes all counts equal, and with them the Class-Balanced weights: a CB focal
 # loss whose counts are taken after oversampling is the focal loss
@@ -21,7 +21,7 @@ GRID = {
     "LDAM-DRW": "--train_loss ldam --drw_epoch 0.8E",
 }
 # flags of main.py that are not passed on, and those that are the same for all methods of a grid
-NOT_PASSED_ON = OWN_FLAGS | {"seed", "wandb_mode"}
+NOT_PASSED_ON = RESERVED_FLAGS | {"seed", "wandb_mode"}
 SAME_FOR_ALL = {"seed", "epochs", "data_dirs", "val_dirs", "test_dirs", "split", "group_regex", "skip_broken"}
 
 

@@ -20,7 +20,7 @@ from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
 from run.files import read_rows
 from run.signals import Signals
-from study.process import OWN_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
+from study.process import RESERVED_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
 from study.search_results import trial_line, write_search_results
 from study.started_with import check_same_settings
 from study.sweep_yaml import SweepConfig, read_sweep
@@ -109,7 +109,7 @@ class Search:
             previous = name_of.setdefault(flag_of(parameter.name), parameter.name)
             if previous != parameter.name:
                 raise UserError(f"{path}: parameters.{previous} and parameters.{parameter.name} are the same flag")
-            if flag_of(parameter.name) in OWN_FLAGS:
+            if flag_of(parameter.name) in RESERVED_FLAGS:
                 raise UserError(f"{path}: parameters.{parameter.name}: the search sets this flag itself; delete it")
             for value in parameter.samples():
                 try:
@@ -144,7 +144,7 @@ class Search:
             direction="maximize" if self.config.maximizes else "minimize",
             load_if_exists=True,
         )
-        self._check_same_start(study)
+        self._check_and_record_settings(study)
         trials = study.get_trials(deepcopy=False)
         tried = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state is not TrialState.FAIL]
         for point in self.points or []:  # those that failed are tried again
@@ -152,7 +152,7 @@ class Search:
                 study.enqueue_trial(point)
         return study
 
-    def _check_same_start(self, study):
+    def _check_and_record_settings(self, study):
         """Raise UserError if the study was started with another sweep or other flags, else note them in it."""
         defaults = vars(build_main_parser().parse_args([]))
 
@@ -172,15 +172,15 @@ class Search:
 
     def run_trials(self, signals: Signals) -> None:
         """Raises Stopped after a signal, once all trials have saved."""
-        self.pool.supervise(self._look, signals)
+        self.pool.supervise(self._poll, signals)
 
-    def _look(self):
+    def _poll(self):
         """Look at all trials once, and start what can be started. -> whether there is more to do."""
         try:
             for running in list(self.running):
                 self._update(running)
             is_waiting = not self.pool.is_stopping and self._start_trials()
-            self._beat()
+            self._heartbeat()
             self._show()
         except STORAGE_ERRORS as error:  # the trials need no storage to train
             if self.storage_responds:
@@ -207,7 +207,7 @@ class Search:
 
     def _has_left_over(self, frozen):
         run_dir = frozen.user_attrs.get("run_dir")
-        return run_dir is not None and self.pool.is_left_over(run_dir)
+        return run_dir is not None and self.pool.stop_left_over(run_dir)
 
     def _is_unsupervised(self, frozen):
         """Whether no search supervises an unfinished trial any more."""
@@ -227,9 +227,9 @@ class Search:
             best, target = self.study.best_value, self.config.target
             if best >= target if self.config.maximizes else best <= target:
                 return False
-        begun = self.trials_in(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        started = self.trials_in(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         is_left = self.points is None or self.trials_in(TrialState.WAITING)
-        return bool(is_left) and len(begun) < self.num_trials
+        return bool(is_left) and len(started) < self.num_trials
 
     def _new_trial(self):
         # the seed depends on the number of trials: a resumed search must not draw the same ones again
@@ -251,7 +251,7 @@ class Search:
         process = self.pool.start(self.command_flags(trial.params), run_dir)
         self.running.append(RunningTrial(trial, process, time.time()))
 
-    def _beat(self):
+    def _heartbeat(self):
         if time.time() - self.last_beat > BEAT_SECONDS:
             for running in self.running:
                 running.trial.set_user_attr("beat", time.time())

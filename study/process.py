@@ -21,7 +21,7 @@ from run.signals import Signals
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 # flags of main.py that the program that starts a run sets itself, or that make no sense for its runs
-OWN_FLAGS = frozenset({"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo", "folds", "fold"})
+RESERVED_FLAGS = frozenset({"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo", "folds", "fold"})
 SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_SECONDS = 1
@@ -36,7 +36,7 @@ def refuse_flags(words: list[str], refused: Collection[str], reason: str = SET_P
 
 def check_main_flags(main_flags: list[str]) -> None:
     """Raise UserError for flags that main.py's parser refuses, or that the program that starts it sets itself."""
-    refuse_flags(main_flags, OWN_FLAGS)
+    refuse_flags(main_flags, RESERVED_FLAGS)
     build_parser().parse_args(main_flags)
 
 
@@ -124,20 +124,20 @@ class ProcessPool:
         """Free the slot of a process that has ended."""
         self.processes.remove(process)
 
-    def supervise(self, look: Callable[[], bool], signals: Signals) -> None:
-        """Call `look()`, which starts and releases processes, about once per second until it returns False.
+    def supervise(self, poll: Callable[[], bool], signals: Signals) -> None:
+        """Call `poll()`, which starts and releases processes, about once per second until it returns False.
 
-        After a signal, all processes are asked to save and end, and `is_stopping` is set: `look` starts no more then.
+        After a signal, all processes are asked to save and end, and `is_stopping` is set: `poll` starts no more then.
         No process outlives this call. Raises Stopped after a signal, once all have ended.
         """
         with signals.deferred():
             try:
-                is_more = True
-                while is_more:
+                has_more = True
+                while has_more:
                     if signals.stopped:
                         self.stop_all()
-                    is_more = look()
-                    time.sleep(POLL_SECONDS if is_more else 0)
+                    has_more = poll()
+                    time.sleep(POLL_SECONDS if has_more else 0)
             finally:
                 self.stop_all()
                 self.wait()
@@ -153,7 +153,7 @@ class ProcessPool:
         for process in self.processes:
             process.wait()
 
-    def is_left_over(self, run_dir: str | Path) -> bool:
+    def stop_left_over(self, run_dir: str | Path) -> bool:
         """Whether a process that nobody supervises any more, as its program was killed, still works in a run's folder.
 
         It is asked, once, to save and end; the run can be resumed when it has.

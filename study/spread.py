@@ -28,7 +28,7 @@ def spread_over(run_dirs: Sequence[Path]) -> dict[str, dict]:
     return spread
 
 
-def print_spread(title: str, spread: dict[str, dict]):
+def print_spread(title: str, spread: dict[str, dict]) -> None:
     print(f"{title}:")
     for name, summary in spread.items():
         std = "" if summary["std"] is None else f" +- {summary['std']:.3f}"

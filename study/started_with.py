@@ -12,8 +12,8 @@ def check_same_settings(previous: dict, current: dict, flag: str, what: str) -> 
     user can choose another folder or study.
     """
     for name, value in current.items():
-        was = previous.get(name, value)
-        if was != value:
-            change = f"{name}: {was}, now {value}"
+        previous_value = previous.get(name, value)
+        if previous_value != value:
+            change = f"{name}: {previous_value}, now {value}"
             change = change if len(change) <= LONGEST else name
             raise UserError(f"{flag}: {what} was started with other settings ({change}); choose another {flag}")

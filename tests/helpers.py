@@ -13,7 +13,7 @@ from PIL import Image
 
 import main
 from images.folders import ImageIndex
-from model import checkpoint_bytes, load_checkpoint, save_checkpoint
+from model import load_checkpoint, save_checkpoint
 from run.files import read_rows
 from run.saver import BEST, LAST
 
@@ -108,7 +108,7 @@ def same(left, right):
 
 
 def write_checkpoint(path, checkpoint):
-    save_checkpoint(path, checkpoint_bytes(checkpoint))
+    save_checkpoint(path, checkpoint)
 
 
 def differences(left, right):

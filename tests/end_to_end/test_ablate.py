@@ -96,7 +96,7 @@ def test_flags_that_do_not_fit_the_images_are_refused_before_anything_is_trained
         ("plain: --run_dir x", [], "plain: --run_dir: is set separately for each run"),
         ("plain: --drw_epoch 0.8E", ["--epochs", "2"], "plain: 0.8E: is rounded to 2 of 2 epochs"),
         ("plain:", [], "plain: expected a string of flags"),
-        ("plain: --lr nan", [], "plain: argument --learning_rate/--lr: nan is not above 0"),
+        ("plain: --lr nan", [], "plain: argument --learning_rate/--lr: must be above 0, not nan"),
     ],
 )
 def test_a_mistake_in_grid_or_flags_is_named_before_anything_is_trained(tmp_path, data_dir, capsys, grid, flags, words):

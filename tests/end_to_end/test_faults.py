@@ -140,7 +140,7 @@ def test_an_epoch_starts_over_if_its_order_changes(data_dir, tmp_path, signal_af
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--run_dir", tmp_path / "run"]
     assert run_main(*flags) == 143
     assert run_main("--resume", tmp_path / "run" / LAST, "--seed", 7) == 0
-    assert "epoch 0 starts over" in capsys.readouterr().out
+    assert "epoch 0 restarts from its first image" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run" / LAST)["scheduler_state_dict"]["last_epoch"] == 3
 
 

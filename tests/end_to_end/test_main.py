@@ -139,7 +139,7 @@ def test_folds_are_trained_one_after_another_and_summarized(data_dir, tmp_path, 
     assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in out and "(3 runs)" in out
     assert f"skipped: {tmp_path} is not a finished run" in out
     assert report.main([str(tmp_path)]) == 2
-    assert f"error: {tmp_path} is not a finished run" in capsys.readouterr().err
+    assert "error: none of the folders is a finished run" in capsys.readouterr().err
     Path(runs[0], "results.json").write_text("{")
     assert report.main(runs) == 2 and "results.json is damaged" in capsys.readouterr().err
 
@@ -170,7 +170,7 @@ def test_a_best_epoch_before_the_deferred_reweighting_is_reported(data_dir, tmp_
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--lr", 1e-12, "--drw_epoch", 1, "--train_loss", "cb", "--ordinal"]
     assert run_main(*flags, "--run_dir", tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert "the best epoch, 0, is before --drw_epoch / --crt_epochs start in epoch 1" in out
+    assert "the best epoch, 0, is earlier than the stage that --drw_epoch / --crt_epochs starts in epoch 1" in out
     assert "order of the grades: 0 < 2 < 10" in out
     assert run_main("--eval_only", "--resume", tmp_path / "run" / "last_model.pth", "--run_dir", tmp_path / "eval") == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
@@ -370,7 +370,7 @@ def check_refused(capsys, tmp_path, flags, *expected):
 INVALID_FLAGS = {
     "two kinds of oversampling": (["--sampling", "sqrt", "--use_augmentation"], "--sampling", "both oversample"),
     "nothing to defer": (["--drw_epoch", 1, "--train_loss", "focal"], "--drw_epoch", "nothing to defer"),
-    "deferred past the last epoch": (["--drw_epoch", 2, "--epochs", 2], "--drw_epoch", "of the 2 epochs"),
+    "deferred past the last epoch": (["--drw_epoch", 2, "--epochs", 2], "--drw_epoch", "use up all 2 epochs"),
     "fold without folds": (["--fold", 1], "--fold", "--folds K"),
     "fold out of range": (["--folds", 3, "--fold", 3], "--fold", "from 0 to K - 1"),
     "invalid regex": (["--group_regex", "("], "--group_regex", "not a regular expression"),

@@ -217,7 +217,7 @@ def test_invalid_flags_and_folders_are_refused_in_one_line(tmp_path, data_dir, c
     path = write_sweep(tmp_path)
     (tmp_path / "file").touch()
     for flags, words in {
-        ("--trials", "0"): "--trials: 0 is not at least 1",
+        ("--trials", "0"): "--trials: must be at least 1, not 0",
         ("--search_dir", str(tmp_path / "file")): f"{tmp_path / 'file'}: File exists",
         ("--batch_size", "x"): "--batch_size",
     }.items():

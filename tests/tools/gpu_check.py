@@ -35,11 +35,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import resnet_custom
 from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, EpochSampler, make_loader, to_tensor
-from engine import DeviceBatches, Engine, Mixer, RunningMetrics, resize
+from engine import Engine, Mixer, RunningMetrics
 from flags import AUGMENTATIONS, TRAIN_LOSSES
-from images.augment import IDENTITY, augment, augment_batch, draw_parameters
+from images.augment import IDENTITY, augment, augment_batch, draw_parameters, resize
 from images.cache import ImageCache
 from images.demo import draw_patch
+from images.device_batches import DeviceBatches
 from images.folders import ImageIndex, Paths
 from main import main as run_main
 from model import Model, load_checkpoint

@@ -12,7 +12,6 @@ from torch import nn
 
 import dataset_double
 from engine import DeviceBatches, Engine, Mixer, RunningMetrics
-from images.augment import resize
 from model import Model
 from run.cli import UserError
 from schedule import lr_lambda
@@ -91,7 +90,7 @@ def test_an_epoch_interrupted_after_any_step_resumes_exactly(grad_accum):
         engine, running_metrics = make_engine(grad_accum=grad_accum), RunningMetrics(0, CPU)
         with pytest.raises(KeyboardInterrupt):
             engine.train_one_epoch(batches(7), running_metrics, after_step=interrupt_after(running_metrics, steps))
-        position = running_metrics.position()
+        position = running_metrics.epoch_state()
         assert position["batches"] == steps * grad_accum and position["images"] == 8 * position["batches"]
         resumed = RunningMetrics(0, CPU, position)
         metrics = engine.train_one_epoch(batches(7)[position["batches"] :], resumed)
@@ -102,7 +101,7 @@ def test_an_epoch_interrupted_after_any_step_resumes_exactly(grad_accum):
 def test_an_epoch_interrupted_after_its_last_step_only_has_to_report_its_metrics():
     engine, running_metrics = make_engine(), RunningMetrics(0, CPU)
     metrics = engine.train_one_epoch(batches(3), running_metrics)
-    resumed = engine.train_one_epoch([], RunningMetrics(0, CPU, running_metrics.position()))
+    resumed = engine.train_one_epoch([], RunningMetrics(0, CPU, running_metrics.epoch_state()))
     untimed = {"input_wait": 0, "images_per_second": resumed["images_per_second"]}
     assert {**resumed, "input_wait": 0} == {**metrics, **untimed}
 
@@ -113,15 +112,6 @@ def interrupt_after(running_metrics, steps):
             raise KeyboardInterrupt
 
     return after_step
-
-
-def test_resizing_on_the_device_is_antialiased_and_keeps_uint8():
-    checkerboard = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).mul(255)
-    checkerboard = checkerboard.to(torch.uint8).expand(2, 3, 64, 64)
-    resized = resize(checkerboard, 16)
-    assert resized.shape == (2, 3, 16, 16) and resized.dtype == torch.uint8
-    assert (resized.float() - 127.5).abs().max() < 10
-    assert resize(checkerboard, 64) is checkerboard
 
 
 def test_training_resizes_images_to_image_size():
@@ -144,16 +134,6 @@ def test_the_time_spent_waiting_for_images_is_measured():
         time.sleep(0.2)
     assert 0.2 <= device_batches.seconds_waited() < 0.6  # seconds: 4 x 0.05, and more on a busy machine
     assert one_epoch(make_engine(), batches())["input_wait"] < 0.2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_copied_ahead_arrive_intact_and_in_order():
-    expected = batches(12)
-    device_batches = DeviceBatches([tuple(t.pin_memory() for t in batch) for batch in expected], torch.device("cuda"))
-    received = [(images.cpu(), targets.cpu()) for images, targets in device_batches]
-    for (images, targets), (expected_images, expected_targets) in zip(received, expected, strict=True):
-        assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
-    assert device_batches.seconds_waited() >= 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

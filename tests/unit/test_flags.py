@@ -2,7 +2,7 @@
 
 import pytest
 
-from flags import build_parser, check_split_shares, flag_of, parse_flags
+from flags import build_parser, flag_of
 from run.cli import UserError
 
 
@@ -55,45 +55,6 @@ def test_every_flag_keeps_its_names_and_its_default():
         assert vars(build_parser().parse_args([f"--no-{name}"]))[name] is False
 
 
-def test_contradictions_are_found_before_the_checkpoint_is_read():
-    for flags, message in {
-        "--use_augmentation --sampling sqrt": "both oversample",
-        "--folds 3 --fold 3": "from 0 to K - 1",
-        "--drw_epoch 2 --crt_epochs 1 --epochs 3": "leave none of the 3 epochs",
-        "--gamma -1": "argument --gamma: -1 is not at least 0",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            parse_flags(["--resume", "nowhere.pth", *flags.split()])
-
-
-def test_flags_that_contradict_a_default_only_are_checked_with_those_of_the_checkpoint():
-    command = ["--resume", "nowhere.pth", "--drw_epoch", "1", "--train_loss", "ce"]
-    parse_flags(command)
-    assert parse_flags(command, {"use_augmentation": True, "epochs": 5}).drw_epoch == 1
-    with pytest.raises(UserError, match="nothing to defer"):
-        parse_flags(command, {"use_augmentation": False, "epochs": 5})
-
-
-def test_flags_given_on_the_command_line_win_over_inherited_ones():
-    args = parse_flags(["--resume", "x.pth", "--gamma", "1"], {"gamma": 3.0, "beta": 0.9, "data_dirs": ["data"]})
-    assert (args.gamma, args.beta) == (1.0, 0.9)
-
-
-def test_folders_become_absolute_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = parse_flags(["--data_dirs", "a", "b", "--test_dirs", "c", "--cache_dir", "cache"])
-    assert args.data_dirs == [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert (args.test_dirs, args.cache_dir) == ([str(tmp_path / "c")], str(tmp_path / "cache"))
-
-
-def test_a_trial_of_a_sweep_resumes_in_a_folder_of_its_own(monkeypatch):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    monkeypatch.setenv("WANDB_RUN_ID", "2x3y4z5w")
-    args = parse_flags(["--data_dirs", "data"])
-    assert args.auto_resume and args.run_dir == "checkpoints_2x3y4z5w"
-    assert not parse_flags(["--data_dirs", "data", "--run_dir", "mine"]).auto_resume
-
-
 def test_every_spelling_of_a_flag_is_recognised():
     assert {flag_of(word) for word in ("--lr", "--lr=0.1", "--learning_rate", "lr")} == {"learning_rate"}
     assert flag_of("--no-pretrained") == "pretrained" and flag_of("--unknown") == "--unknown"
@@ -103,13 +64,3 @@ def test_an_unknown_wandb_mode_of_the_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UserError, match="WANDB_MODE: sometimes is not one of online, offline, disabled"):
         build_parser()
-
-
-@pytest.mark.parametrize("shares", [[0.6, 0.2, 0.1], [0.5, 0.6, -0.1], [0.8, 0.2, 0.0]])
-def test_shares_that_do_not_make_a_split_are_rejected(shares):
-    args = build_parser().parse_args([])
-    args.split = shares
-    with pytest.raises(UserError, match="--split"):
-        check_split_shares(args)
-    args.split, args.test_dirs = [0.8, 0.2, 0.0], ["elsewhere"]
-    check_split_shares(args)

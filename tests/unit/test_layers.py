@@ -19,6 +19,7 @@ LAYERS = (
     ("dataset_double", "model", "tracking"),
     ("images",),
     ("metrics", "utils", "resnet_custom"),
+    ("flag_checks",),
     ("flags",),
     ("run",),
 )

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 from sklearn import metrics as sk
 
-from metrics import INTERVAL, NORMAL_QUANTILE, Bootstrap, full_metrics, recalls, summary_metrics, with_interval
+from metrics import INTERVAL, NORMAL_QUANTILE, Bootstrap, format_with_interval, full_metrics, recalls, summary_metrics
 
 
 def one_hot(predictions, num_classes):
@@ -66,8 +66,8 @@ def test_a_class_without_test_images_does_not_count_in_balanced_accuracy():
 
 
 def test_values_are_printed_with_their_intervals():
-    assert with_interval(0.1234, [0.1, 0.15]) == "0.123 [0.100, 0.150]"
-    assert with_interval(0.1234) == with_interval(0.1234, None) == "0.123"
+    assert format_with_interval(0.1234, [0.1, 0.15]) == "0.123 [0.100, 0.150]"
+    assert format_with_interval(0.1234) == format_with_interval(0.1234, None) == "0.123"
 
 
 def test_per_class_metrics_and_confusion_matrix(answers):

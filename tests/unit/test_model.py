@@ -13,7 +13,6 @@ from model import (
     CosineHead,
     Model,
     backbone_state_dict,
-    checkpoint_bytes,
     load_checkpoint,
     read_weights,
     save_checkpoint,
@@ -33,7 +32,7 @@ def checkpoint_with(**content):
 
 
 def save(path, **content):
-    save_checkpoint(path, checkpoint_bytes(checkpoint_with(**content)))
+    save_checkpoint(path, checkpoint_with(**content))
 
 
 def test_model_normalises_bytes_as_torchvision_does():
@@ -103,7 +102,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     splits = {"train": ["a b.jpg"], "val": [], "test": []}
     sizes = {split: torch.full((len(paths),), 7) for split, paths in splits.items()}
     checkpoint = checkpoint_with(epoch=3, classes=["0", "주름"], splits=splits, file_sizes=sizes, best_metric=0.5)
-    save_checkpoint(tmp_path / "last.pth", checkpoint_bytes(checkpoint))
+    save_checkpoint(tmp_path / "last.pth", checkpoint)
     again = load_checkpoint(tmp_path / "last.pth")
     assert again["file_sizes"]["train"].tolist() == [7]
     torch.testing.assert_close(again.pop("rng_state")["cpu"], checkpoint.pop("rng_state")["cpu"])

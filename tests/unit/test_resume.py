@@ -6,13 +6,13 @@ from helpers import write_checkpoint
 
 import resume
 from engine import RunningMetrics
-from flags import parse_flags
+from flag_checks import parse_flags
 from model import load_checkpoint
 from run.cli import Damaged, UserError
 from run.saver import BEST, LAST, PREVIOUS
 
 
-@pytest.mark.parametrize("position", [None, RunningMetrics(1, "cpu").position()])
+@pytest.mark.parametrize("position", [None, RunningMetrics(1, "cpu").epoch_state()])
 def test_a_best_model_newer_than_the_checkpoint_is_kept_until_its_epoch_is_repeated(copied_run, position):
     """As after falling back to the previous checkpoint, saved at the end of an epoch or within it."""
     last, best = load_checkpoint(copied_run / LAST), load_checkpoint(copied_run / BEST)
@@ -21,17 +21,17 @@ def test_a_best_model_newer_than_the_checkpoint_is_kept_until_its_epoch_is_repea
     newer_best = {**best, "epoch": 1, "best_epoch": 1, "history": last["history"]}
     write_checkpoint(copied_run / BEST, newer_best)
     expected = best["best_metric"], 1
-    assert resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run) == expected
+    assert resume.reconcile_best_model(previous, copied_run / PREVIOUS, copied_run) == expected
     # the repeated epoch is slightly worse: the stored model is still the best and is not overwritten
     repeated = {**last, "epoch": 1, "best_epoch": 1, "best_metric": best["best_metric"], "position": None}
-    assert resume.settle_best_model(repeated, copied_run / LAST, copied_run) == expected
+    assert resume.reconcile_best_model(repeated, copied_run / LAST, copied_run) == expected
     assert load_checkpoint(copied_run / BEST)["history"] == newer_best["history"]
     write_checkpoint(copied_run / BEST, {**newer_best, "history": [{**last["history"][0], "train_loss": 7.0}]})
     if position:
         with pytest.raises(UserError, match="is not the best model of"):
-            resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run)
+            resume.reconcile_best_model(previous, copied_run / PREVIOUS, copied_run)
     else:  # the checkpoint itself is the best model
-        assert resume.settle_best_model(previous, copied_run / PREVIOUS, copied_run) == (best["best_metric"] / 2, 0)
+        assert resume.reconcile_best_model(previous, copied_run / PREVIOUS, copied_run) == (best["best_metric"] / 2, 0)
 
 
 def test_running_out_of_memory_is_not_reported_as_damage(copied_run, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from flags import AUGMENTATIONS
-from images.augment import augment, augment_batch, draw_parameters
+from images.augment import augment, augment_batch, draw_parameters, resize
 
 
 def augmented(image, method, seed):
@@ -101,3 +101,12 @@ def test_a_batch_on_the_device_is_augmented_like_single_images():
     difference = np.abs(actual.astype(int) - expected)
     assert difference.mean() < 0.5 and difference.max() <= 4
     assert np.abs(expected.astype(int) - image).mean() > 5
+
+
+def test_resizing_on_the_device_is_antialiased_and_keeps_uint8():
+    checkerboard = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).mul(255)
+    checkerboard = checkerboard.to(torch.uint8).expand(2, 3, 64, 64)
+    resized = resize(checkerboard, 16)
+    assert resized.shape == (2, 3, 16, 16) and resized.dtype == torch.uint8
+    assert (resized.float() - 127.5).abs().max() < 10
+    assert resize(checkerboard, 64) is checkerboard

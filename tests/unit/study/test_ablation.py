@@ -9,7 +9,7 @@ import study.process
 from run.cli import UserError
 from run.files import read_json
 from run.signals import Signals
-from study.ablation import MethodRun, check_same_start, plan_runs, train_runs
+from study.ablation import MethodRun, check_and_record_runs, plan_runs, train_runs
 
 TINY = [*TINY_FLAGS[:5], "--lr", "1e-3"]
 
@@ -46,7 +46,7 @@ def test_an_ablation_continues_with_more_seeds_but_not_with_other_flags_or_image
 
     def check(num_images=35, gamma="2", seeds=(0,)):
         runs = [MethodRun("a", seed, ["--gamma", gamma], tmp_path / f"a_seed{seed}") for seed in seeds]
-        check_same_start(path, runs, num_images)
+        check_and_record_runs(path, runs, num_images)
 
     check()
     check(seeds=(1,))

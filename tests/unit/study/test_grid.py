@@ -3,7 +3,7 @@
 import pytest
 from helpers import ROOT
 
-from flags import parse_flags
+from flag_checks import parse_flags
 from run.cli import UserError
 from study.grid import GRID, check_flags, common_flags, read_grid, with_epochs
 
@@ -19,12 +19,14 @@ def test_a_share_of_the_epochs_becomes_a_number():
 @pytest.mark.parametrize("path", [None, *sorted((ROOT / "grids").glob("*.yaml"))], ids=str)
 def test_every_grid_of_the_project_has_flags_of_main(path):
     grid = read_grid(path)
-    check_flags(["--data_dirs", "photographs"], grid, epochs=30)
+    check_flags(["--data_dirs", str(ROOT)], grid, epochs=30)
     assert len(set(grid.values())) == len(grid) > 1
 
 
 def test_the_default_methods_differ_in_what_they_claim():
-    flags = {name: parse_flags([*common_flags(["--data_dirs", "x"]), *with_epochs(GRID[name], 30)]) for name in GRID}
+    flags = {
+        name: parse_flags([*common_flags(["--data_dirs", str(ROOT)]), *with_epochs(GRID[name], 30)]) for name in GRID
+    }
     for name, args in flags.items():
         assert args.augment_all and args.wandb_mode == "disabled"
         assert args.use_augmentation == ("oversampling" in name or "augmented" in name)

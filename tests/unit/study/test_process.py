@@ -129,12 +129,12 @@ def test_a_left_over_process_is_asked_once_to_end(tmp_path):
     with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], cwd=root, **pipes) as process:
         assert process.stdout.readline() == "holding\n"
         pool = ProcessPool(1)
-        assert is_in_use(tmp_path) and pool.is_left_over(tmp_path)
+        assert is_in_use(tmp_path) and pool.stop_left_over(tmp_path)
         assert process.stdout.readline() == "asked\n"
-        assert pool.is_left_over(str(tmp_path))
+        assert pool.stop_left_over(str(tmp_path))
         time.sleep(0.2)
         assert process.communicate()[0] == ""
-    assert not pool.is_left_over(tmp_path) and not pool.is_left_over(tmp_path / "gone")
+    assert not pool.stop_left_over(tmp_path) and not pool.stop_left_over(tmp_path / "gone")
 
 
 def test_the_lock_names_its_process_as_the_pool_reads_it(tmp_path):

@@ -1,0 +1,155 @@
+"""How a command line of `main.py` is parsed, and which flags exclude each other."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flags import DEMO_DEFAULTS, FOLDER_FLAGS, SPLITS, WEIGHTED_LOSSES, build_parser
+from run.cli import UserError
+
+
+def parse_flags(
+    argv: Sequence[str], inherited: Mapping[str, Any] | None = None, *, checkpoint_is_known: bool = False
+) -> argparse.Namespace:
+    """Parse and check a command line of main.py. -> its flags, folders as absolute paths
+
+    inherited: {flag: value} of the checkpoint that is resumed: the defaults of the flags that are not given.
+    checkpoint_is_known: False before the checkpoint of `--resume` or `--auto_resume` is read: then only flags that are
+    given explicitly are checked against each other. Raises UserError.
+    """
+    explicit = explicit_flags(argv)
+    parser = build_parser()
+    parser.set_defaults(**(inherited or (DEMO_DEFAULTS if explicit.get("demo") else {})))
+    args = parser.parse_args(argv)
+    if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (args.run_dir or args.resume):
+        # a trial of a sweep: its own folder, in which it resumes when it is restarted after preemption
+        args.run_dir, args.auto_resume = f"{args.output_dir}_{os.environ['WANDB_RUN_ID']}", True
+    for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
+        if getattr(args, name):
+            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
+    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
+    if inherited and args.auto_resume:
+        args.demo = False  # its images exist already and are the --data_dirs of the run
+    is_complete = checkpoint_is_known or not (args.resume or args.auto_resume)
+    for names, is_broken, message in RULES:
+        if (is_complete or explicit.keys() >= set(names)) and is_broken(args):
+            raise UserError(message.format(**vars(args)))
+    if is_complete:
+        _check_shares(args)
+        if not inherited:
+            _check_folders(args)
+    return args
+
+
+def explicit_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """-> {flag: value} of the flags that a command line names."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def _check_shares(args):
+    """Raise UserError if `--split` has no images for a split without folders of its own."""
+    for split, share in zip(SPLITS, args.split, strict=True):
+        is_separate = getattr(args, f"{split}_dirs", None) or (args.folds and split == "test")
+        if share == 0 and not is_separate:
+            raise UserError(f"--split: {_text_of(args.split)} leaves no images for {split}")
+
+
+def _check_folders(args):
+    """Raise UserError if a folder of images is missing: before weights are downloaded and anything is imported."""
+    if not (args.data_dirs or args.demo):
+        raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
+    for name in FOLDER_FLAGS:
+        for folder in getattr(args, name) or []:
+            if not os.path.isdir(folder):
+                problem = "is not a folder" if os.path.exists(folder) else "does not exist"
+                raise UserError(f"--{name}: {folder} {problem}")
+
+
+def _text_of(shares):
+    return " ".join(f"{share:g}" for share in shares)
+
+
+def _leaves_its_folder(args):
+    is_training = args.resume and args.run_dir and not args.eval_only
+    return is_training and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(args.resume))
+
+
+def _trains_all_folds(args):
+    return args.folds and args.fold is None and not args.resume
+
+
+def _has_nothing_to_defer(args):
+    oversamples = args.use_augmentation or args.sampling != "instance"
+    return args.drw_epoch and not oversamples and args.train_loss not in WEIGHTED_LOSSES
+
+
+def _has_no_main_stage(args):
+    return (args.drw_epoch or args.crt_epochs) and args.drw_epoch + args.crt_epochs >= args.epochs
+
+
+# (flags, whether they contradict each other, message)
+RULES = (
+    (("eval_only",), lambda a: a.eval_only and not a.resume, "--eval_only: name the checkpoint with --resume FILE"),
+    (
+        ("auto_resume",),
+        lambda a: a.auto_resume and not a.run_dir,
+        "--auto_resume: name the run folder with --run_dir DIR",
+    ),
+    (
+        ("auto_resume", "resume"),
+        lambda a: a.auto_resume and a.resume,
+        "--auto_resume: finds the checkpoint in --run_dir by itself; omit --resume",
+    ),
+    (("data_dirs", "demo"), lambda a: a.data_dirs and a.demo, "--demo: draws its own data; omit --data_dirs"),
+    (
+        ("fold", "folds"),
+        lambda a: a.fold is not None and not (a.folds and a.fold < a.folds),
+        "--fold: {fold} needs --folds K, and must be from 0 to K - 1",
+    ),
+    (
+        ("folds",),
+        lambda a: a.folds and not a.eval_only and (a.val_dirs or a.test_dirs),
+        "--folds: makes the splits itself; omit --val_dirs and --test_dirs",
+    ),
+    (
+        ("folds",),
+        lambda a: _trains_all_folds(a) and (a.wandb_id or "WANDB_SWEEP_ID" in os.environ),
+        "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold",
+    ),
+    (
+        ("split",),
+        lambda a: abs(sum(a.split) - 1) > 1e-6,
+        "--split: {split} does not sum to 1 (train val test, for example 0.6 0.2 0.2)",
+    ),
+    (
+        ("sampling", "use_augmentation"),
+        lambda a: a.use_augmentation and a.sampling != "instance",
+        "--sampling: {sampling} and --use_augmentation both oversample; omit one of them",
+    ),
+    (
+        ("drw_epoch", "use_augmentation", "sampling", "train_loss"),
+        _has_nothing_to_defer,
+        "--drw_epoch: there is nothing to defer; it needs --use_augmentation, --sampling, or "
+        f"--train_loss {', '.join(WEIGHTED_LOSSES)}",
+    ),
+    (
+        ("drw_epoch", "crt_epochs", "epochs"),
+        _has_no_main_stage,
+        "--drw_epoch / --crt_epochs: {drw_epoch} + {crt_epochs} use up all {epochs} epochs; leave at least one",
+    ),
+    (
+        ("resume", "demo"),
+        lambda a: a.resume and a.demo,
+        "--demo: a run is resumed with its own images; omit --demo",
+    ),
+    (("resume",), lambda a: a.resume and not os.path.isfile(a.resume), "--resume: {resume} is not a file"),
+    (
+        ("resume", "run_dir"),
+        _leaves_its_folder,
+        "--run_dir: a run is resumed in the folder of its checkpoint {resume}; omit this flag",
+    ),
+)  # fmt: skip

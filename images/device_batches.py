@@ -1,0 +1,70 @@
+"""The batches of a loader, copied to the device and augmented there ahead of the computation."""
+
+import itertools
+import time
+from collections.abc import Iterable
+
+import torch
+
+from images.augment import augment_batch
+
+
+class DeviceBatches:
+    """The batches of a loader on `device`: (images (N, 3, H, W) uint8, targets (N,) int64).
+
+    Batches that come with augmentation parameters are augmented there. On a GPU each batch is copied and augmented on
+    a separate stream while the previous one is computed.
+    """
+
+    def __init__(self, loader: Iterable, device: torch.device):
+        self.loader, self.device = loader, device
+        self._waited, self._gaps = 0.0, []
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        if self.device.type == "cuda":
+            yield from self._copied_ahead()
+            return
+        started = time.perf_counter()
+        for batch in self.loader:
+            self._waited += time.perf_counter() - started
+            yield self._to_device(batch)
+            started = time.perf_counter()
+
+    def seconds_waited(self) -> float:
+        """How long the device had no batch to compute. Waits until a GPU has finished."""
+        if self._gaps:
+            torch.cuda.synchronize(self.device)
+            self._waited += sum(end.elapsed_time(begin) for end, begin in self._gaps) / 1e3
+            self._gaps = []
+        return self._waited
+
+    def _to_device(self, batch):
+        images, targets, *parameters = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return augment_batch(images, *parameters) if parameters else images, targets
+
+    def _copied_ahead(self):
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        end_of_step = _time_on(current)
+        copied = None
+        for batch in itertools.chain(self.loader, [None]):
+            previous = copied
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    copied = self._to_device(batch), stream.record_event()
+            if previous is not None:
+                tensors, arrived = previous
+                current.wait_event(arrived)
+                for tensor in tensors:  # else the allocator could reuse its memory during the computation
+                    tensor.record_stream(current)
+                self._gaps.append((end_of_step, _time_on(current)))
+                yield tensors
+                end_of_step = _time_on(current)
+
+
+def _time_on(stream):
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
