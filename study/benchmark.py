@@ -308,8 +308,8 @@ def write_many_files(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for number in progress_bar(range(count), "files", "file"):
         photo = cv2.resize(rng.integers(256, size=(8, 8, 3), dtype=np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
-        name = f"subject_{number // 10:06d}_{number % 10}.jpg"
-        (folder / str(number % NUM_CLASSES) / name).write_bytes(cv2.imencode(".jpg", photo)[1])
+        path = folder / str(number % NUM_CLASSES) / f"photo{number:06d}.jpg"
+        path.write_bytes(cv2.imencode(".jpg", photo)[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

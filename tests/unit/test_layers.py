@@ -30,7 +30,7 @@ MAX_LINES, MAX_CORE_LINES, MAX_MAIN_LINES = 450, 1699, 250  # of a file; of CORE
 # names that every command has
 COMMAND_FUNCTIONS = {"main", "run", "build_parser"}
 # parameters whose class is in a layer above: they cannot be annotated
-FROM_ABOVE = {"progress", "running_metrics"}
+FROM_ABOVE = {"running_metrics"}
 # mistakes in the flags that each command finds itself
 MISTAKES = {
     "main": ["--epochs", "none"],
