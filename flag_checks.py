@@ -31,10 +31,14 @@ def parse_flags(
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if inherited and args.auto_resume:
         args.demo = False  # its images exist already and are the --data_dirs of the run
-    is_complete = checkpoint_is_known or not (args.resume or args.auto_resume)
+    may_have_checkpoint = args.resume or (args.auto_resume and os.path.isdir(args.run_dir or ""))
+    is_complete = checkpoint_is_known or not may_have_checkpoint
     for names, is_broken, message in RULES:
         if (is_complete or explicit.keys() >= set(names)) and is_broken(args):
             raise UserError(message.format(**vars(args)))
+    is_new_folder = args.run_dir and not args.auto_resume and (args.eval_only or not args.resume)
+    if is_new_folder and not checkpoint_is_known and os.path.lexists(args.run_dir):
+        raise UserError(f"--run_dir: {args.run_dir} already exists; name a new folder or add --auto_resume")
     if is_complete:
         _check_shares(args)
         if not inherited:

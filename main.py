@@ -166,23 +166,25 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
 
     resume_hint: what to print after "stopped"; None for the command that resumes this run.
     """
-    args = parse_flags(argv)
-    if args.folds and args.fold is None and not args.resume:
-        from study.folds import run_folds
-
-        return run_folds(args, argv, functools.partial(run, signals=signals))
-    if args.run_dir and Path(args.run_dir, FOLDS_FILE).exists():
-        raise UserError(f"--run_dir: {args.run_dir} is the folder of a cross-validation; resume it with its --folds")
     run_args = None  # all flags of the run, once its checkpoint is read
     try:
-        from resume import how_to_resume, is_finished, open_run
+        args = parse_flags(argv)
+        with signals.deferred():  # torch aborts the process if a signal raises while it is imported
+            import evaluation
+            from resume import how_to_resume, is_finished, open_run
 
+        if args.folds and args.fold is None and not args.resume:
+            from study.folds import run_folds
+
+            return run_folds(args, argv, functools.partial(run, signals=signals))
+        if args.run_dir and Path(args.run_dir, FOLDS_FILE).exists():
+            raise UserError(
+                f"--run_dir: {args.run_dir} is the folder of a cross-validation; resume it with its --folds"
+            )
         with open_run(args, argv) as (run_args, checkpoint):
             device = prepare_process(run_args)
             if run_args.eval_only:
-                from evaluation import evaluate_only
-
-                evaluate_only(run_args, checkpoint, device)
+                evaluation.evaluate_only(run_args, checkpoint, device)
             elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
                 print(f"already finished: {run_args.epochs} epochs, results saved to {run_args.run_dir}")
             else:

@@ -55,6 +55,8 @@ def runs_by_flags(run_dirs: Sequence[str]) -> dict[str, list[Path]]:
             print(f"skipped: {run_dir} is not a finished run")
             continue
         args = read_json(run_dir / "args.json")
+        if not isinstance(args, dict):
+            raise UserError(f"{run_dir / 'args.json'} is damaged; restore it or delete the run")
         flags = {name: value for name, value in args.items() if not is_neutral(name) and name not in ("seed", "fold")}
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run_dir)
     return groups

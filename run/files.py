@@ -39,7 +39,8 @@ def atomic_write(path: str | Path, mode: str = "w", previous: str | None = None)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not name its file
+        if error.filename in (None, str(temporary)):  # a failed write does not name its file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

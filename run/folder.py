@@ -23,11 +23,12 @@ FOLDS_FILE = "folds_begun.json"  # in the folder of a cross-validation: its flag
 def locked(folder: str | Path) -> Iterator[Path]:
     """Lock the folder of a run for this process. -> the folder
 
-    The lock ends with the process, however that ends. Temporary files of killed processes are deleted. Raises
-    UserError, naming the process and its host, if another process holds the lock.
+    The lock ends with the process, however that ends, and a refused command leaves no new lock file. Temporary files
+    of killed processes are deleted. Raises UserError, naming the process and its host, if another holds the lock.
     """
     folder = Path(folder)
     lock_file = folder / LOCK_FILE
+    is_first = not lock_file.exists()
     lock = filelock.FileLock(lock_file, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -46,6 +47,10 @@ def locked(folder: str | Path) -> Iterator[Path]:
                 with suppress(OSError):
                     stray.unlink()
         yield folder
+    except UserError:
+        if is_first and not list(folder.rglob("*.pth")):  # nothing was started: leave the folder as it was
+            lock_file.unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
 
@@ -58,7 +63,9 @@ def new_folder(folder: str | Path, flag: str, numbered: bool = False) -> Iterato
     numbered: if the name is taken (by a run that started in the same second), add `_2`, `_3` ... instead of raising.
     Raises UserError, naming `flag`, if the folder exists or cannot be created.
     """
-    wanted = Path(folder).absolute()
+    wanted = Path(os.path.abspath(folder))
+    if not wanted.name:
+        raise UserError(f"{flag}: {wanted} already exists; name a new folder")
     missing_parents = [parent for parent in wanted.parents if not parent.exists()]
     names = itertools.chain([wanted.name], (f"{wanted.name}_{number}" for number in itertools.count(2)))
     for folder in map(wanted.with_name, names):

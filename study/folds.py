@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from images.folders import index_folders
 from images.leakage import subject_ids
 from metrics import RANKINGS, full_metrics
 from resume import run_folder
+from run.cli import UserError
 from run.files import read_json, read_predictions, write_json
 from run.folder import FOLDS_FILE
+from run.signals import Stopped
 from study.spread import print_spread, spread_over
 from study.started_with import check_same_settings
 
@@ -26,23 +29,29 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
     args: by `parse_flags(argv)`. run_fold: called with a command line and `resume_hint`, -> exit status of the run.
     """
     with run_folder(args) as folder:
+        if list(folder.glob("*.pth")):
+            raise UserError(f"--folds: {folder} is the folder of a single run; name another --run_dir")
         run_args = parse_flags([*argv, "--fold", "0"], checkpoint_is_known=True)
         run_args.run_dir = str(folder)
         command = shlex.join(["python", "main.py", *argv, "--run_dir", str(folder), "--auto_resume"])
         resume_hint = "; resume with the same command" if args.auto_resume else f"; resume with: {command}"
         run_dirs = [folder / f"fold_{fold}" for fold in range(args.folds)]
         check_and_record_folds(folder / FOLDS_FILE, run_args)
-        for fold, run_dir in enumerate(run_dirs):
-            print(f"fold {fold} of {args.folds}")
-            name = f"{args.wandb_name or folder.name}_fold_{fold}"
-            fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
-            if status := run_fold([*argv, *fold_flags], resume_hint=resume_hint):
-                return status
-        spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, run_args)
-        write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
-        print_spread(f"mean and standard deviation of {args.folds} folds", spread)
-        print_metrics("test images of all folds together", pooled)
-        print(f"results saved to {folder}")
+        try:
+            for fold, run_dir in enumerate(run_dirs):
+                print(f"fold {fold} of {args.folds}")
+                name = f"{args.wandb_name or folder.name}_fold_{fold}"
+                fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
+                if status := run_fold([*argv, *fold_flags], resume_hint=resume_hint):
+                    return status
+            spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, run_args)
+            write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
+            print_spread(f"mean and standard deviation of {args.folds} folds", spread)
+            print_metrics("test images of all folds together", pooled)
+            print(f"results saved to {folder}")
+        except Stopped as stop:
+            print(f"stopped{resume_hint}", file=sys.stderr)
+            return stop.status
     return 0
 
 

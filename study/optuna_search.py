@@ -117,9 +117,12 @@ class Search:
                 except UserError as error:
                     raise UserError(f"{path}: parameters.{parameter.name}: {error}") from error
         try:
-            return parse(self.command_flags({}, constants_only=True))
+            constants = parse(self.command_flags({}, constants_only=True))
         except UserError as error:
             raise UserError(f"{path}: command: {error}") from error
+        if not constants.data_dirs and "data_dirs" not in name_of:
+            raise UserError("--data_dirs: name the folder that holds the class folders")
+        return constants
 
     def _settings(self):
         """What makes the trials of a study comparable, as the study keeps it."""

@@ -8,12 +8,14 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
+    ROOT,
     TINY_COUNTS,
     TINY_FLAGS,
     differences,
@@ -31,11 +33,13 @@ import dataset_double
 import images.demo
 import run.folder
 import run.saver
+import study.folds
 from images.decode import limit_image_size, read_image
 from model import load_checkpoint
 from run.cli import UserError
 from run.folder import locked
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS, Saver
+from run.signals import Stopped
 
 pytestmark = pytest.mark.usefixtures("thin_network")
 LONG_EPOCHS = ["--epochs", "500", "--target_samples_per_class", "2000", "--use_augmentation"]
@@ -489,3 +493,51 @@ def test_a_second_process_in_a_run_folder_is_refused_and_the_first_is_named(copi
         assert holder in capsys.readouterr().err
         assert run_main("--eval_only", "--resume", copied_run / BEST) == 0  # only reads the folder
     assert load_checkpoint(copied_run / LAST)["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- refused commands
+
+
+def test_a_cross_validation_does_not_start_in_the_folder_of_a_run(copied_run, data_dir, capsys):
+    before = sorted(copied_run.iterdir())
+    assert run_main("--data_dirs", data_dir, *TINY_FLAGS, "--folds", 2, "--auto_resume", "--run_dir", copied_run) == 2
+    assert f"--folds: {copied_run} is the folder of a single run" in capsys.readouterr().err
+    assert sorted(copied_run.iterdir()) == before
+
+
+def test_a_stop_in_the_summary_of_a_cross_validation_prints_the_command_that_resumes_it(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_):
+        raise Stopped(signal.SIGTERM)
+
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--folds", 2, "--split", 0.8, 0.2, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(study.folds, "pooled_metrics", stopped)
+        assert run_main(*flags, "--output_dir", tmp_path / "cv") == 143
+    (folder,) = tmp_path.glob("cv_*")
+    assert f"--run_dir {folder} --auto_resume" in capsys.readouterr().err
+    assert run_main(*flags, "--run_dir", folder, "--auto_resume") == 0 and (folder / "folds.json").exists()
+
+
+def test_a_refused_command_leaves_no_lock_file(tmp_path, data_dir, capsys):
+    (tmp_path / "empty").mkdir()
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--train_loss", "focal", "--alpha", 1, 2]
+    assert run_main(*flags, "--auto_resume", "--run_dir", tmp_path / "empty") == 2
+    assert "--alpha" in capsys.readouterr().err and not list((tmp_path / "empty").iterdir())
+
+
+def test_a_signal_while_torch_is_imported_is_a_normal_stop(data_dir, tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "class SignalAtImport:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch._C':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, SignalAtImport())\n"
+        "import main\n"
+        "sys.exit(main.main())"
+    )
+    flags = ["--data_dirs", str(data_dir), *TINY_FLAGS, "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 143 and done.stderr.strip() == "stopped" and not (tmp_path / "run").exists()

@@ -101,3 +101,10 @@ def test_shares_that_do_not_make_a_split_are_rejected(shares, data):
     with pytest.raises(UserError, match="--split"):
         parse_flags(["--data_dirs", data, "--split", *shares.split()])
     parse_flags(["--data_dirs", data, "--split", "0.8", "0.2", "0.0", "--test_dirs", data])
+
+
+def test_an_existing_run_folder_is_refused_at_once(data, tmp_path):
+    with pytest.raises(UserError, match=f"--run_dir: {tmp_path} already exists"):
+        parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path)])
+    parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path), "--auto_resume"])
+    parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path / "new")])

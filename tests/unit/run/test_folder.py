@@ -96,3 +96,8 @@ def test_a_new_folder_that_stays_empty_is_deleted_with_its_new_parents(tmp_path)
                 (folder / "last_model.pth").touch()
             raise KeyboardInterrupt
         assert (tmp_path / "a").exists() is has_a_file
+
+
+def test_the_root_of_the_file_system_is_not_a_new_folder():
+    with pytest.raises(UserError, match="--run_dir: / already exists"), new_folder("/", "--run_dir"):
+        pass

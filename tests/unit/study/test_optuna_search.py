@@ -61,7 +61,7 @@ def test_machines_that_share_a_storage_may_have_the_images_elsewhere(tmp_path):
 
 def test_a_signal_ends_the_search_even_if_the_storage_does_not_respond(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.process, "POLL_SECONDS", 0.05)
-    search = open_search(tmp_path)
+    search = open_search(tmp_path, "--data_dirs", "a")
 
     def fail(*_, **__):
         raise sqlalchemy.exc.OperationalError("select", {}, Exception("the database is locked"))
