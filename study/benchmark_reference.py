@@ -75,9 +75,8 @@ def reference_step_rate(
     """Images per second of `steps` training steps of a plain script, after one step that is not timed.
 
     The script trains the same ResNet-50 with last stride 1 and the same loss, in float32, with Adam, torch's default
-    threads and memory format, and reads the loss in every step. Its images are on the device and normalized already.
-    The first step after a pause is slower on a CPU: the system has to provide the memory for the activations again. In
-    a training there are no pauses.
+    threads and memory format, and reads the loss in every step. Its images are on the device and normalized already. A
+    first step is slower: the system has to provide the memory for the activations. A training has thousands of others.
     """
     step = _plain_training(device, tuple(samples_per_cls), batch_size, image_size)
     step()
