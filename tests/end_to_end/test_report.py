@@ -44,7 +44,7 @@ def test_folders_that_are_not_finished_runs_are_skipped_and_named(tmp_path, caps
     assert f"skipped: {tmp_path / 'other'} is not a finished run" in capsys.readouterr().out
     assert report.main([str(tmp_path / "other")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'other'} is not a finished run")
+    assert line.startswith("error: none of the folders is a finished run")
 
 
 @pytest.mark.parametrize("name", ["results.json", "args.json"])
