@@ -82,8 +82,9 @@ def _leaves_its_folder(args):
     return is_training and os.path.abspath(args.run_dir) != os.path.dirname(os.path.abspath(args.resume))
 
 
-def _trains_all_folds(args):
-    return args.folds and args.fold is None and not args.resume
+def trains_all_folds(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for a whole cross-validation, not for one training."""
+    return bool(args.folds) and args.fold is None and not args.resume
 
 
 def _has_nothing_to_defer(args):
@@ -121,7 +122,7 @@ RULES = (
     ),
     (
         ("folds",),
-        lambda a: _trains_all_folds(a) and (a.wandb_id or "WANDB_SWEEP_ID" in os.environ),
+        lambda a: trains_all_folds(a) and (a.wandb_id or "WANDB_SWEEP_ID" in os.environ),
         "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold",
     ),
     (

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flag_checks import parse_flags
+from flag_checks import parse_flags, trains_all_folds
 from flags import is_ordinal
 from run.cli import UserError, run_command
 from run.folder import FOLDS_FILE
@@ -173,7 +173,7 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
             import evaluation
             from resume import how_to_resume, is_finished, open_run
 
-        if args.folds and args.fold is None and not args.resume:
+        if trains_all_folds(args):
             from study.folds import run_folds
 
             return run_folds(args, argv, functools.partial(run, signals=signals))
@@ -191,9 +191,7 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
                 train(run_args, checkpoint, device, signals)
     except Stopped as stop:
         if resume_hint is None:
-            resume_hint = ""
-            if run_args:
-                resume_hint = how_to_resume(run_args, argv, signals.saved)
+            resume_hint = how_to_resume(run_args, argv, signals.saved) if run_args else ""
         print(f"stopped{resume_hint}", file=sys.stderr)
         if "WANDB_SWEEP_ID" in os.environ:
             # wandb agent gives up after some exit statuses other than 0; an exit by signal does not count

@@ -163,9 +163,9 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
 
 
-def how_to_resume(args: argparse.Namespace | None, argv: Sequence[str], was_saved: bool) -> str:
-    """What to print after "stopped". args: all flags of the run, None if they were not known yet."""
-    if args is None or args.eval_only:
+def how_to_resume(args: argparse.Namespace, argv: Sequence[str], was_saved: bool) -> str:
+    """What to print after "stopped". args: all flags of the run."""
+    if args.eval_only:
         return ""
     if args.auto_resume:
         return "; resume with the same command"

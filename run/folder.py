@@ -48,11 +48,16 @@ def locked(folder: str | Path) -> Iterator[Path]:
                     stray.unlink()
         yield folder
     except UserError:
-        if is_first and not list(folder.rglob("*.pth")):  # nothing was started: leave the folder as it was
+        if is_first and not _has_checkpoint(folder):  # nothing was started: leave the folder as it was
             lock_file.unlink(missing_ok=True)
         raise
     finally:
         lock.release()
+
+
+def _has_checkpoint(folder):
+    """Whether a run, or a fold of it, has saved anything in the folder."""
+    return any(folder.rglob("*.pth"))
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def new_folder(folder: str | Path, flag: str, numbered: bool = False) -> Iterato
         try:
             yield folder
         except BaseException as error:
-            refused = isinstance(error, UserError) and not list(folder.rglob("*.pth"))
+            refused = isinstance(error, UserError) and not _has_checkpoint(folder)
             if refused or [file.name for file in folder.iterdir()] in ([], [LOCK_FILE]):
                 with suppress(OSError):  # a folder that is not empty stays
                     shutil.rmtree(folder)
