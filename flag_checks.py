@@ -7,6 +7,7 @@ from typing import Any
 
 from flags import DEMO_DEFAULTS, FOLDER_FLAGS, SPLITS, WEIGHTED_LOSSES, build_parser
 from run.cli import UserError
+from run.folder import check_is_folder
 
 
 def parse_flags(
@@ -68,9 +69,7 @@ def _check_folders(args):
         raise UserError("--data_dirs: name the folder that holds the class folders (or try --demo)")
     for name in FOLDER_FLAGS:
         for folder in getattr(args, name) or []:
-            if not os.path.isdir(folder):
-                problem = "is not a folder" if os.path.exists(folder) else "does not exist"
-                raise UserError(f"--{name}: {folder} {problem}")
+            check_is_folder(folder, f"--{name}")
 
 
 def _text_of(shares):

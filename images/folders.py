@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from run.cli import UserError
+from run.folder import check_is_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -145,9 +146,8 @@ def index_folders(
 
 def _class_folders(folder, flag):
     """-> [(class name, its folder)]. Names are compared in composed form (NFC), as macOS decomposes them."""
+    check_is_folder(folder, flag)
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{flag}: {folder} is not a folder" if folder.exists() else f"{flag}: {folder} does not exist")
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     class_folders = [(unicodedata.normalize("NFC", entry.name), entry) for entry in entries if entry.is_dir()]
     loose = sum(entry.suffix.lower() in IMAGE_EXTENSIONS for entry in entries if entry.is_file())

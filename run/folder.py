@@ -120,3 +120,9 @@ def timestamped(prefix: str | Path) -> str:
 def is_inside(path: str, folder: str | Path) -> bool:
     """Whether `path` is in `folder`, links resolved."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def check_is_folder(path: str | Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, if `path` is not an existing folder."""
+    if not os.path.isdir(path):
+        raise UserError(f"{flag}: {path} {'is not a folder' if os.path.exists(path) else 'does not exist'}")
