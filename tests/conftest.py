@@ -12,6 +12,7 @@ from wandb_server import WandbServer
 
 import resnet_custom
 import study.process
+from run.cores import num_cores
 
 os.environ["WANDB_MODE"] = "disabled"
 # tests run side by side, and the threads of two computations would compete for the same cores
@@ -21,6 +22,11 @@ CACHE_HOME = tempfile.TemporaryDirectory()  # deleted when the tests end
 os.environ["XDG_CACHE_HOME"] = CACHE_HOME.name
 # a background job ignores Ctrl-C, and so would the processes that the tests start and stop with it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more worker than cores: tests of W&B and sweeps wait for other processes most of the time."""
+    return num_cores() + 1
 
 
 @pytest.fixture(scope="session")
