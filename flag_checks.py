@@ -2,12 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flags import DEMO_DEFAULTS, FOLDER_FLAGS, SPLITS, WEIGHTED_LOSSES, build_parser
-from run.cli import UserError
-from run.folder import check_is_folder
+from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser, flag_of
+from run.cli import Parser, UserError
+from run.folder import check_is_folder, prefixed
 
 
 def parse_flags(
@@ -19,13 +19,16 @@ def parse_flags(
     checkpoint_is_known: False before the checkpoint of `--resume` or `--auto_resume` is read: then only flags that are
     given explicitly are checked against each other. Raises UserError.
     """
+    argv = with_config(argv)
     explicit = explicit_flags(argv)
     parser = build_parser()
     parser.set_defaults(**(inherited or (DEMO_DEFAULTS if explicit.get("demo") else {})))
     args = parser.parse_args(argv)
+    if "output_dir" in explicit and os.path.isdir(args.output_dir):
+        args.output_dir = os.path.join(args.output_dir, "")  # with a slash: run folders are inside it
     if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (args.run_dir or args.resume):
         # a trial of a sweep: its own folder, in which it resumes when it is restarted after preemption
-        args.run_dir, args.auto_resume = f"{args.output_dir}_{os.environ['WANDB_RUN_ID']}", True
+        args.run_dir, args.auto_resume = prefixed(args.output_dir, os.environ["WANDB_RUN_ID"]), True
     for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
@@ -45,6 +48,50 @@ def parse_flags(
         if not inherited:
             _check_folders(args)
     return args
+
+
+def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]:
+    """-> a command line with the flags of the file of `--config` in front of its own, which win.
+
+    ignored: flags that are passed over in the file, besides NOT_INHERITED. Raises UserError, naming the file.
+    """
+    finder = Parser("main.py", None, add_help=False)
+    finder.add_argument("--config")
+    found, words = finder.parse_known_args(argv)
+    if found.config is None:
+        return words
+    from run.files import read_yaml
+
+    content, parser, config_words = read_yaml(found.config, "--config"), build_parser(), []
+    if not isinstance(content, Mapping):
+        raise UserError(f"--config: {found.config}: expected a mapping of flags to values")
+    for name, value in content.items():
+        try:
+            flag_words = _words_of(parser, str(name), value)
+            parser.parse_args(flag_words)
+        except UserError as error:
+            raise UserError(f"--config: {found.config}: {error}") from error
+        if flag_of(str(name)) not in (*NOT_INHERITED, *ignored):
+            config_words += flag_words
+    return [*config_words, *words]
+
+
+def _words_of(parser, name, value):
+    """-> a flag of a file and its value as words of a command line; none if it is null or the default prefix."""
+    action = parser._option_string_actions.get(parser.canonical(f"--{name}"))
+    if action is None or action.dest in ("help", "config"):
+        raise UserError(f"{name}: main.py has no such flag")
+    if value is None or (action.dest, value) == ("output_dir", action.default):
+        return []
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float)) for item in values):
+        raise UserError(f"{name}: expected a value or a list of values, not {value}")
+    if action.dest == "demo":
+        return []
+    texts = [str(item) for item in values]
+    if value is False and "off" in (action.choices or ()):
+        texts = ["off"]  # YAML reads off as false
+    return [f"--{name}", *texts] if isinstance(value, list) else [f"--{name}={texts[0]}"]
 
 
 def explicit_flags(argv: Sequence[str]) -> dict[str, Any]:

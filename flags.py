@@ -46,6 +46,8 @@ NEUTRAL_FLAGS = {
     "save_minutes", "max_megapixels",
 }  # fmt: skip
 FOLDER_FLAGS = ("data_dirs", "val_dirs", "test_dirs")
+# flags that concern the process, not the run: neither a checkpoint nor a file of flags hands them on
+NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
 
 
 # ------------------------------------------------------------------------------------------------------ definitions
@@ -282,10 +284,16 @@ def _add_training_flags(group):
 def _add_run_flags(group):
     add = group.add_argument
     add(
+        "--config",
+        default=argparse.SUPPRESS,  # replaced by the flags in it before anything is parsed
+        metavar="FILE",
+        help="YAML or JSON file of flags, also args.json of another run; the command line wins",
+    )
+    add(
         "--output_dir",
         default="checkpoints",
         metavar="PREFIX",
-        help="the run folder is PREFIX_YYYYMMDD_HHMMSS [checkpoints]",
+        help="the run folder is PREFIX_YYYYMMDD_HHMMSS, or inside PREFIX if that is a folder [checkpoints]",
     )
     add("--run_dir", metavar="DIR", help="name of the run folder; it must not exist yet, except with --auto_resume")
     add("--resume", metavar="FILE", help="resume from a checkpoint; its flags are the defaults")
@@ -356,9 +364,9 @@ def default_wandb_mode() -> str:
 
 @functools.cache
 def flag_of(word: str) -> str:
-    """--lr, --lr=0.1, --learning_rate, lr -> learning_rate: the flag that a word of the command line names."""
-    option = f"--{word.removeprefix('--').partition('=')[0]}"
-    return getattr(build_parser()._option_string_actions.get(option), "dest", option)
+    """--lr, --lr=0.1, --learning-rate, lr -> learning_rate: the flag that a word of the command line names."""
+    parser, option = build_parser(), f"--{word.removeprefix('--').partition('=')[0]}"
+    return getattr(parser._option_string_actions.get(parser.canonical(option)), "dest", option)
 
 
 def is_neutral(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from engine import Engine
 from flag_checks import parse_flags
-from flags import SPLITS, build_parser, data_folders, replaced_splits
+from flags import NOT_INHERITED, SPLITS, build_parser, data_folders, replaced_splits
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, file_stat
 from images.splits import check_folders_used, find_images, paths_by_split
@@ -27,8 +27,6 @@ from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
 from schedule import Stage, steps_before
 
-# flags that concern the process, not the run: they are not inherited
-NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
 # flags that name a folder to write to: a checkpoint from elsewhere must not choose one
 WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags that cannot change any more: the images are split, the weights initialized, the best epoch was selected

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
@@ -77,11 +77,26 @@ def first_line(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of exiting. Flags cannot be abbreviated."""
+    """An ArgumentParser that raises UserError instead of exiting. Flags cannot be abbreviated; `--image-size` is
+    `--image_size`."""
 
-    def __init__(self, prog: str, description: str | None):
+    def __init__(self, prog: str, description: str | None, add_help: bool = True):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(prog, None, description, formatter_class=formatter, allow_abbrev=False, add_help=add_help)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self.canonical(word) for word in words], namespace)
+
+    def canonical(self, word: str) -> str:
+        """--image-size=64 -> --image_size=64: a word of the command line with the name of its flag as it is defined."""
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            return word
+        known = {option.replace("-", "_"): option for option in self._option_string_actions}
+        return known.get(name.replace("-", "_"), name) + equals + value
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see python {self.prog} --help)")

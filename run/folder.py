@@ -112,9 +112,16 @@ def open_or_create_folder(folder: str | Path, flag: str) -> Iterator[Path]:
         yield folder
 
 
+def prefixed(prefix: str | Path, name: str) -> str:
+    """-> `<prefix>_<name>`, or `<prefix>/<name>` if the prefix ends in a slash."""
+    if str(prefix).endswith(("/", os.sep)):
+        return os.path.join(prefix, name)
+    return f"{os.path.normpath(prefix)}_{name}"
+
+
 def timestamped(prefix: str | Path) -> str:
-    """-> `<prefix>_YYYYMMDD_HHMMSS`"""
-    return f"{os.path.normpath(prefix)}_{time.strftime('%Y%m%d_%H%M%S')}"
+    """-> `<prefix>_YYYYMMDD_HHMMSS`, or `<prefix>/YYYYMMDD_HHMMSS` if the prefix ends in a slash."""
+    return prefixed(prefix, time.strftime("%Y%m%d_%H%M%S"))
 
 
 def is_inside(path: str, folder: str | Path) -> bool:

@@ -18,7 +18,8 @@ COMMANDS = {
     "main.py": "flags", "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
-NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--rounds", "--signal"}  # placeholders, and options of other tools
+# placeholders, another spelling, and options of other tools
+NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--image-size", "--rounds", "--signal"}
 
 
 def by_name(path):
@@ -87,7 +88,7 @@ def test_help_states_the_default(command):
     for action in options(parser_of(command)):
         stated = re.search(r"\[([^]]*)\]$", action.help)
         default = action.default
-        if default is None or default is False or "else" in (stated[1] if stated else ""):
+        if default in (None, False, argparse.SUPPRESS) or "else" in (stated[1] if stated else ""):
             continue  # none, or one that depends on the machine and is described in words
         assert stated, f"{action.dest}: its help does not end with [{default}]"
         if isinstance(default, list):

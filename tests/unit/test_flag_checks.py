@@ -1,8 +1,10 @@
 """Parsing a command line of main.py: contradictions, inherited flags, folders."""
 
+import json
+
 import pytest
 
-from flag_checks import parse_flags
+from flag_checks import parse_flags, with_config
 from run.cli import UserError
 
 
@@ -108,3 +110,80 @@ def test_an_existing_run_folder_is_refused_at_once(data, tmp_path):
         parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path)])
     parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path), "--auto_resume"])
     parse_flags(["--data_dirs", data, "--run_dir", str(tmp_path / "new")])
+
+
+def test_an_existing_output_dir_holds_the_runs_but_the_default_does_not(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    common = ["--data_dirs", data]
+    assert parse_flags(common).output_dir == "checkpoints"
+    assert parse_flags([*common, "--output_dir", "checkpoints"]).output_dir == "checkpoints/"
+    assert parse_flags([*common, "--output_dir", "runs"]).output_dir == "runs"
+    assert parse_flags([*common, "--output_dir", "runs/"]).output_dir == "runs/"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "2x3y4z5w")
+    assert parse_flags([*common, "--output_dir", "runs/"]).run_dir == "runs/2x3y4z5w"
+
+
+# ------------------------------------------------------------------------------------------------------- --config
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(text, name="base.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_the_command_line_wins_over_the_config_and_that_over_the_checkpoint(data, checkpoint, write_config):
+    config = write_config(f"data_dirs: [{data}]\nimage-size: 64\nlr: 1e-3\npretrained: false\namp: off\nalpha: 2\n")
+    args = parse_flags(["--gamma", "1", *config, "--lr=0.1", "--no-cache"])
+    assert (args.data_dirs, args.image_size, args.learning_rate, args.gamma) == ([data], 64, 0.1, 1.0)
+    assert (args.pretrained, args.amp, args.alpha, args.no_cache) == (False, "off", [2.0], True)
+    inherited = {"image_size": 32, "beta": 0.9}
+    args = parse_flags(["--resume", checkpoint, *config], inherited, checkpoint_is_known=True)
+    assert (args.image_size, args.beta) == (64, 0.9)
+
+
+def test_args_json_of_a_run_is_a_config_but_for_what_concerns_only_that_run(data, tmp_path, write_config):
+    (tmp_path / "checkpoints").mkdir()
+    trained = vars(parse_flags(["--data_dirs", data, "--gamma", "1", "--augmentation_methods", "rotation", "shift"]))
+    own = {"run_dir": "old", "resume": "old/last_model.pth", "auto_resume": True, "demo": True, "wandb_id": "2x3y4z5w"}
+    config = write_config(json.dumps({**trained, **own}), "args.json")
+    assert vars(parse_flags(config)) == trained
+    assert parse_flags([*config, "--output_dir", "runs/"]).output_dir == "runs/"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    {
+        "gama: 1": "gama: main.py has no such flag",
+        "help: true": "help: main.py has no such flag",
+        "gamma: -1": "argument --gamma: must be at least 0, not -1",
+        "gamma: [1, 2]": "unrecognized arguments: 2",
+        "data_dirs: {a: b}": "data_dirs: expected a value or a list of values, not {'a': 'b'}",
+        "- gamma": "expected a mapping of flags to values",
+        "gamma: 1\ngamma: 2": "gamma is listed twice",
+        "": "expected a mapping",
+    }.items(),
+)
+def test_a_mistake_in_a_config_is_named_with_the_file(text, message, write_config):
+    flag, path = write_config(text)
+    with pytest.raises(UserError, match="--config: ") as error:
+        parse_flags([flag, path])
+    assert path in str(error.value) and message in str(error.value)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"--config: {tmp_path}/gone.yaml cannot be read"):
+        parse_flags(["--config", f"{tmp_path}/gone.yaml"])
+    with pytest.raises(UserError, match="argument --config: expected one argument"):
+        parse_flags(["--config"])
+
+
+def test_programs_that_start_runs_pass_over_more(write_config):
+    config = write_config("gamma: 1\nfolds: 3\nrun_dir: old\n")
+    assert with_config(["--beta", "0.9", *config], ignored={"folds"}) == ["--gamma=1", "--beta", "0.9"]

@@ -56,8 +56,19 @@ def test_every_flag_keeps_its_names_and_its_default():
 
 
 def test_every_spelling_of_a_flag_is_recognised():
-    assert {flag_of(word) for word in ("--lr", "--lr=0.1", "--learning_rate", "lr")} == {"learning_rate"}
+    words = ("--lr", "--lr=0.1", "--learning_rate", "lr", "--learning-rate", "--learning-rate=0.1", "learning-rate")
+    assert {flag_of(word) for word in words} == {"learning_rate"}
     assert flag_of("--no-pretrained") == "pretrained" and flag_of("--unknown") == "--unknown"
+
+
+def test_dashes_and_underscores_are_the_same_in_the_name_of_a_flag_but_not_in_its_value():
+    parse = build_parser().parse_args
+    args = parse(["--image-size", "64", "--wandb-name=exp-1_b", "--no-use-augmentation", "--no_pretrained"])
+    assert (args.image_size, args.wandb_name, args.use_augmentation, args.pretrained) == (64, "exp-1_b", False, False)
+    assert parse(["--wandb_name", "image-size", "--no-cache"]).wandb_name == "image-size"
+    assert parse(["--no-cache"]).no_cache is True
+    with pytest.raises(UserError, match="unrecognized arguments: --image-sizes=3"):
+        parse(["--image-sizes=3"])
 
 
 def test_an_unknown_wandb_mode_of_the_environment_is_an_error(monkeypatch):

@@ -77,8 +77,9 @@ def test_folders_that_exist_or_cannot_be_created_are_refused(tmp_path):
             pass
 
 
-def test_a_trailing_slash_is_removed_from_the_folder_name(tmp_path):
-    assert timestamped(f"{tmp_path}/checkpoints/").startswith(f"{tmp_path}/checkpoints_2")
+def test_a_trailing_slash_puts_the_run_inside_the_folder(tmp_path):
+    assert timestamped(f"{tmp_path}/checkpoints/").startswith(f"{tmp_path}/checkpoints/2")
+    assert timestamped(f"{tmp_path}/a/../checkpoints").startswith(f"{tmp_path}/checkpoints_2")
 
 
 def test_the_folder_of_a_refused_run_is_deleted_unless_it_has_a_checkpoint(tmp_path):
