@@ -19,7 +19,10 @@ from images.splits import find_images, paths_by_split
 from metrics import format_with_interval, full_metrics, summary_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import plot_confusion_matrix, write_report
+from run.environment import write_environment
 from run.files import write_json, write_predictions
+from run.log import start_log
+from run.progress import Progress
 from run.saver import BEST
 from schedule import build_loss_from_flags
 from utils import class_shares
@@ -63,6 +66,8 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.devi
         engine.model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
         raise weights_do_not_fit(args.resume, error) from error
+    start_log(run_dir)
+    write_environment(run_dir, device, Progress(history=checkpoint["history"]).hours_trained())
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_by_split(splits))
     results, _ = evaluate_splits(engine, splits, args, checkpoint, {})

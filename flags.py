@@ -268,6 +268,12 @@ def _add_training_flags(group):
         default=BEST_METRICS[0],
         help="validation metric that selects the epoch to keep [val_balanced_acc]",
     )
+    add(
+        "--patience",
+        type=number(int, low=1),
+        metavar="N",
+        help="stop when --best_metric has not improved for N epochs; the learning rate is planned for all --epochs",
+    )
     add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
     add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 ... [auto]")

@@ -42,10 +42,19 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from model import initial_weights
     from pages import plot_curves, write_report
     from resume import restore, restore_splits, snapshot
+    from run.environment import write_environment
     from run.files import write_history, write_json
-    from run.progress import Progress
+    from run.log import start_log
+    from run.progress import Progress, print_epoch
     from run.saver import BEST, Saver
-    from schedule import build_loss_from_flags, build_optimizer, plan_stages, print_stages, warn_of_early_best
+    from schedule import (
+        build_loss_from_flags,
+        build_optimizer,
+        plan_stages,
+        print_early_end,
+        print_stages,
+        warn_of_early_best,
+    )
     from tracking import WandbRun
 
     run_dir = Path(args.run_dir)
@@ -80,6 +89,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         progress, epoch_state = restore(engine, checkpoint, args, stages)
     elif weights:
         engine.load_initial_weights(*weights, classes)
+    start_log(run_dir)
+    write_environment(run_dir, device, progress.hours_trained())
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_by_split(splits))
     write_history(run_dir / "history.csv", progress.history)
@@ -93,6 +104,9 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         wandb_run.catch_up(progress)
         with signals.deferred():
             for epoch in range(progress.epoch + 1, args.epochs):
+                if progress.has_stalled(args.patience, stages[-1].start):
+                    print_early_end(args, engine.scheduler)
+                    break
                 running_metrics = RunningMetrics(epoch, device, epoch_state)
                 epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
@@ -100,8 +114,9 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 improved = progress.add_epoch(row, args.best_metric)
                 if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
-                print_epoch(row, args.epochs, improved)
+                print_epoch(row, args.epochs, improved, progress.seconds_left(args.epochs))
                 saver.after_epoch(improved)
+                write_environment(run_dir, device, progress.hours_trained())
                 wandb_run.log_epoch(row, progress)  # what is logged is saved: no epoch is logged twice
             saver.finish()
 
@@ -150,17 +165,6 @@ def train_and_validate(
     return {"epoch": epoch, **row, "val_loss": val_loss, **val, "seconds": seconds}, outputs
 
 
-def print_epoch(row: dict, epochs: int, improved: bool) -> None:
-    print(
-        f"epoch {row['epoch']:3d} ({row['epoch'] + 1}/{epochs})"
-        f" | train loss {row['train_loss']:.4f} acc {row['train_acc']:.3f}"
-        f" | val loss {row['val_loss']:.4f} acc {row['val_acc']:.3f}"
-        f" balanced_acc {row['val_balanced_acc']:.3f} macro_f1 {row['val_macro_f1']:.3f}"
-        f" | {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s, waiting for input {row['input_wait']:.1%}"
-        f"{' | best so far' if improved else ''}"
-    )
-
-
 def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> int:
     """Do what the command line asks for. -> exit status
 
@@ -186,7 +190,7 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
             if run_args.eval_only:
                 evaluation.evaluate_only(run_args, checkpoint, device)
             elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
-                print(f"already finished: {run_args.epochs} epochs, results saved to {run_args.run_dir}")
+                print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
             else:
                 train(run_args, checkpoint, device, signals)
     except Stopped as stop:

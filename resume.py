@@ -25,7 +25,7 @@ from run.cli import Damaged, UserError
 from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
 from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
-from schedule import Stage, steps_before
+from schedule import Stage, last_stage_start, steps_before
 
 # flags that name a folder to write to: a checkpoint from elsewhere must not choose one
 WRITTEN_TO = ("cache_dir", "wandb_dir")
@@ -304,9 +304,12 @@ def reconcile_best_model(checkpoint: dict, path: str | Path, run_dir: str | Path
 
 
 def is_finished(args: argparse.Namespace, checkpoint: dict) -> bool:
-    """Whether a run has been trained for all its epochs and tested afterwards."""
+    """Whether a run has been trained for all its epochs, or until `--patience` ended it, and tested afterwards."""
     try:
         results = json.loads(Path(args.run_dir, "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(results, dict) and results.get("epochs") == checkpoint["epoch"] + 1 >= args.epochs
+    if not isinstance(results, dict) or results.get("epochs") != checkpoint["epoch"] + 1:
+        return False
+    progress = Progress(checkpoint["epoch"], checkpoint["best_metric"], checkpoint["best_epoch"])
+    return results["epochs"] >= args.epochs or progress.has_stalled(args.patience, last_stage_start(args))

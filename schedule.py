@@ -15,6 +15,17 @@ from run.cli import UserError
 from utils import CrossEntropy, build_loss
 
 PROGRESSIVE_SHARES = (1 / 2, 3 / 4, 1)  # of the image size, a third of the epochs each
+LOSS_WORDS = {
+    "CrossEntropy": "cross entropy",
+    "LabelSmoothingCrossEntropy": "cross entropy with label smoothing",
+    "FocalLoss": "focal loss",
+    "CBLoss": "Class-Balanced Focal loss",
+    "WeightedCrossEntropy": "cross entropy",
+    "LogitAdjustedLoss": "cross entropy of logits adjusted by the class shares",
+    "BalancedSoftmaxLoss": "balanced softmax",
+    "LDAMLoss": "LDAM loss with wider margins for rarer classes",
+    "OrdinalLoss": "cross entropy against neighboring grades too",
+}
 NETWORK_STRIDE = 16  # of the ResNet-50 with last-stage stride 1
 SMALLEST_SIZE = 32  # at 16 px the last features are one pixel, and batch norm fails on a batch of one image
 
@@ -131,16 +142,42 @@ def progressive_size(epoch: int, epochs: int, image_size: int) -> int:
 
 
 def print_stages(stages: list[Stage], num_originals: int) -> None:
+    """Print what each stage does about imbalance, in words. num_originals: number of training images."""
     for stage in stages:
+        when = f", epochs {stage.start} to {stage.end - 1}" if len(stages) > 1 else ""
         dataset, sampler = stage.loader.dataset, stage.loader.sampler
-        what = [type(stage.criterion).__name__]
-        if len(dataset) > num_originals:
-            what.append(f"oversampled by augmentation: {num_originals} -> {len(dataset)} images per epoch")
-        if isinstance(sampler, ClassSampler):
-            what.append(f"{sampler.sampling} sampling")
+        words = [loss_in_words(stage.criterion)]
         if stage.head_only:
-            what.append("a new head on the frozen backbone")
-        print(f"epochs {stage.start} to {stage.end - 1}: {', '.join(what)}")
+            words.append("a new head on the frozen backbone")
+        if isinstance(sampler, ClassSampler):
+            words.append(f"{sampler.sampling} sampling, repeated images augmented")
+        elif len(dataset) > num_originals:
+            words.append(f"oversampled from {num_originals} to {len(dataset)} images per epoch by augmented copies")
+        else:
+            words.append("not oversampled")
+        words.append("every image augmented" if getattr(dataset, "augment_all", False) else "originals not augmented")
+        print(f"imbalance{when}: {'; '.join(words)}")
+
+
+def loss_in_words(criterion: torch.nn.Module) -> str:
+    """-> its name, and the range of its class weights"""
+    weights = getattr(criterion, "weights", getattr(criterion, "alpha", torch.ones(1)))
+    low, high = weights.min().item(), weights.max().item()
+    weighting = f"class weights from {low:.3f} to {high:.3f}" if low < high else "equal class weights"
+    return f"{LOSS_WORDS[type(criterion).__name__]}, {weighting}"
+
+
+def last_stage_start(args: argparse.Namespace) -> int:
+    """The first epoch of the last stage of `plan_stages`."""
+    return args.epochs - args.crt_epochs if args.crt_epochs else args.drw_epoch
+
+
+def print_early_end(args: argparse.Namespace, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    share = scheduler.get_last_lr()[0] / args.learning_rate
+    print(
+        f"stopped early: {args.best_metric} has not improved for {args.patience} epochs; the learning rate, planned "
+        f"for {args.epochs} epochs, has come to {share:.0%} of --learning_rate"
+    )
 
 
 def warn_of_early_best(best_epoch: int, stages: list[Stage]) -> None:

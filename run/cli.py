@@ -4,10 +4,12 @@ import argparse
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
+from run.log import end_logs, keep_in_log, log_scope
 from run.signals import Stopped
 
 
@@ -24,7 +26,11 @@ def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) 
 
     argv: None for the command line of the process.
     """
-    with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(LossyStream(sys.stdout)))
+        stack.enter_context(redirect_stderr(LossyStream(sys.stderr)))
+        stack.callback(end_logs)
+        stack.enter_context(log_scope())
         try:
             return run(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
@@ -39,17 +45,29 @@ def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) 
         except Stopped as stop:
             print("stopped; resume with the same command", file=sys.stderr)
             return stop.status
+        except Exception:
+            keep_in_log(traceback.format_exc())  # which Python prints later
+            raise
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`."""
+    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`.
 
-    def __init__(self, stream):
-        self._stream = stream
+    What is written is kept in the log of the run too, except through `unlogged`.
+    """
+
+    def __init__(self, stream, is_logged: bool = True):
+        self._stream, self._is_logged = stream, is_logged
+
+    @property
+    def unlogged(self) -> "LossyStream":
+        return LossyStream(self._stream, is_logged=False)
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.write(text)
+        if self._is_logged:
+            keep_in_log(text)
         return len(text)
 
     def flush(self) -> None:
@@ -64,8 +82,8 @@ def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", tot
     """A tqdm progress bar that is silent where there is no terminal."""
     from tqdm import tqdm
 
-    quiet = not sys.stderr.isatty()
-    return tqdm(iterable, title, total, unit=unit, leave=False, dynamic_ncols=True, disable=quiet)
+    quiet, stream = not sys.stderr.isatty(), getattr(sys.stderr, "unlogged", sys.stderr)
+    return tqdm(iterable, title, total, unit=unit, leave=False, dynamic_ncols=True, disable=quiet, file=stream)
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from resume import run_folder
 from run.cli import UserError
 from run.files import read_json, read_predictions, write_json
 from run.folder import FOLDS_FILE
+from run.log import log_scope, start_log
 from run.signals import Stopped
 from study.spread import print_spread, spread_over
 from study.started_with import check_same_settings
@@ -37,12 +38,15 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
         resume_hint = "; resume with the same command" if args.auto_resume else f"; resume with: {command}"
         run_dirs = [folder / f"fold_{fold}" for fold in range(args.folds)]
         check_and_record_folds(folder / FOLDS_FILE, run_args)
+        start_log(folder)
         try:
             for fold, run_dir in enumerate(run_dirs):
                 print(f"fold {fold} of {args.folds}")
                 name = f"{args.wandb_name or folder.name}_fold_{fold}"
                 fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
-                if status := run_fold([*argv, *fold_flags], resume_hint=resume_hint):
+                with log_scope():
+                    status = run_fold([*argv, *fold_flags], resume_hint=resume_hint)
+                if status:
                     return status
             spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, run_args)
             write_json(folder / "folds.json", {**spread, "test_pooled": pooled})

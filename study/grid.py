@@ -21,7 +21,7 @@ GRID = {
     "LDAM-DRW": "--train_loss ldam --drw_epoch 0.8E",
 }
 # flags of main.py that are not passed on, and those that are the same for all methods of a grid
-NOT_PASSED_ON = RESERVED_FLAGS | {"seed", "wandb_mode", "config"}
+NOT_PASSED_ON = RESERVED_FLAGS | {"seed", "wandb_mode", "config", "patience"}
 SAME_FOR_ALL = {"seed", "epochs", "data_dirs", "val_dirs", "test_dirs", "split", "group_regex", "skip_broken"}
 
 

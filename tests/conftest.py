@@ -1,6 +1,7 @@
 """Fixtures, and the environment of the tests."""
 
 import os
+import shutil
 import signal
 import tempfile
 
@@ -67,6 +68,8 @@ def copied_run(finished_run, tmp_path):
     folder = tmp_path / "copied"
     folder.mkdir()
     for file in finished_run.iterdir():
-        if file.is_file():
+        if file.name == "log.txt":  # to which a resumed run appends
+            shutil.copy(file, folder)
+        elif file.is_file():
             os.link(file, folder / file.name)
     return folder

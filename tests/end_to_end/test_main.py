@@ -43,6 +43,7 @@ def test_a_run_writes_the_documented_files(finished_run):
         "args.json", "splits.json", "history.csv", "last_model.pth", "best_model.pth", "previous_model.pth",
         "val_predictions.csv",
         "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png", "report.html",
+        "log.txt", "environment.json",
     }  # fmt: skip
 
 
@@ -251,6 +252,38 @@ def test_runs_with_progressive_sizes_and_gradient_accumulation_resume_on_schedul
     assert run_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 4) == 0
     assert load_checkpoint(tmp_path / "run" / "last_model.pth")["scheduler_state_dict"]["last_epoch"] == 4 * 2
     assert sizes[9:] == [64] * 3
+
+
+def test_the_log_has_every_part_of_a_run_and_of_its_folds(copied_run, data_dir, tmp_path):
+    assert run_main("--resume", copied_run / "last_model.pth", "--epochs", 3) == 0
+    log = (copied_run / "log.txt").read_text(encoding="utf-8")
+    assert "imbalance: Class-Balanced" in log and log.count("results saved to") == 2
+    assert [f"epoch   {epoch} (" in log for epoch in range(4)] == [True, True, True, False]
+    hours = json.loads((copied_run / "environment.json").read_text())["hours_trained"]
+    assert hours == pytest.approx(
+        sum(float(row["seconds"]) for row in read_rows(copied_run / "history.csv")) / 3600, abs=1e-4
+    )
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--folds", 2, "--run_dir", tmp_path / "cv"]
+    assert run_main(*flags) == 0
+    whole = (tmp_path / "cv" / "log.txt").read_text(encoding="utf-8")
+    assert "mean and standard deviation of 2 folds" in whole and whole.count("training on cpu") == 2
+    assert all((tmp_path / "cv" / f"fold_{i}" / "log.txt").read_text().count("training on cpu") == 1 for i in (0, 1))
+
+
+def test_patience_ends_a_run_that_does_not_improve_and_it_counts_as_finished(data_dir, tmp_path, capsys):
+    """With a learning rate near zero, no epoch is better than the first."""
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--lr", 1e-12, "--epochs", 20, "--patience", 2, "--auto_resume"]
+    command = [*flags, "--run_dir", tmp_path / "run"]
+    assert run_main(*command) == 0
+    out = capsys.readouterr().out
+    assert "stopped early: val_balanced_acc has not improved for 2 epochs; the learning rate, planned for 20" in out
+    assert " left" in out
+    rows = read_rows(tmp_path / "run" / "history.csv")
+    values = [float(row["val_balanced_acc"]) for row in rows]
+    assert len(rows) == values.index(max(values)) + 3 < 20
+    assert run_main(*command) == 0 and "already finished" in capsys.readouterr().out
+    assert run_main(*command, "--patience", 3) == 0
+    assert len(read_rows(tmp_path / "run" / "history.csv")) > len(rows)
 
 
 def test_a_finished_run_continues_for_more_epochs_without_duplicate_rows(copied_run, finished_run):

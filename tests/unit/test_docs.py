@@ -186,7 +186,7 @@ def test_the_readme_links_to_every_document():
 def test_files_that_a_document_mentions_exist(path):
     mentioned = {name for span in code_spans(path) for name in re.findall(r"^[\w./]+\.(?:py|yaml|toml|txt)$", span)}
     missing = {name for name in mentioned if not any((ROOT / base / name).exists() for base in ("", "tests/tools"))}
-    assert not missing
+    assert not missing - {"log.txt"}  # of a run
 
 
 def test_design_md_names_every_module():
