@@ -41,10 +41,10 @@ def build_parser() -> Parser:
 def run(argv: list[str]) -> None:
     args, main_flags = build_parser().parse_known_args(argv)
     from flag_checks import with_config
-    from study.grid import NOT_PASSED_ON, check_flags, read_grid
+    from study.grid import check_flags, read_grid, varied_flags
 
-    main_flags = with_config(main_flags, NOT_PASSED_ON)
     grid = read_grid(args.grid)
+    main_flags = with_config(main_flags, varied_flags(grid))
     baseline = args.baseline or next(iter(grid))
     if baseline not in grid:
         raise UserError(f"--baseline: {baseline} is not one of {', '.join(grid)}")

@@ -29,10 +29,8 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args, main_flags = build_parser().parse_known_args(argv)
-    from flag_checks import with_config
-    from study.process import RESERVED_FLAGS, check_main_flags
+    from study.process import check_main_flags
 
-    main_flags = with_config(main_flags, RESERVED_FLAGS)
     check_main_flags(main_flags)
 
     from study.optuna_search import run_search

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from flag_checks import parse_flags
+from flags import flag_of
 from run.cli import UserError
 from run.files import read_yaml
 from study.process import RESERVED_FLAGS, refuse_flags
@@ -45,6 +46,12 @@ def read_grid(path: str | None) -> dict[str, str]:
         except (ValueError, UserError) as error:
             raise UserError(f"--grid: {path}: {name}: {error}") from error
     return {str(name): flags for name, flags in grid.items()}
+
+
+def varied_flags(grid: Mapping[str, str]) -> set[str]:
+    """-> the flags that a method sets, or that are set for all methods: a file of `--config` cannot."""
+    words = [word for flags in grid.values() for word in shlex.split(flags) if word.startswith("--")]
+    return {"augment_all", *NOT_PASSED_ON, *map(flag_of, words)}
 
 
 def common_flags(main_flags: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
+from flag_checks import with_config
 from flags import BEST_METRICS, FOLDER_FLAGS, flag_of, is_neutral
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
@@ -93,13 +94,16 @@ class Search:
     # ---------------------------------------------------------------------------------------------------- the flags
 
     def command_flags(self, drawn: dict, constants_only: bool = False) -> list[str]:
-        """-> flags of main.py for a trial; those of the command line win. drawn: {parameter: what Optuna drew}."""
+        """-> flags of main.py for a trial: of `--config`, of the sweep, and of the command line, of which the last win.
+
+        drawn: {parameter: what Optuna drew}.
+        """
         parameters = [p for p in self.config.parameters if p.distribution is None or not constants_only]
         flags = self.config.flags({p.name: p.value(drawn.get(p.name)) for p in parameters})
         for word in self.main_flags:
             if word.startswith("--"):
                 flags = without_flag(flags, word.partition("=")[0])
-        return [*flags, *self.main_flags]
+        return with_config([*flags, *self.main_flags], RESERVED_FLAGS)
 
     def _check_flags(self):
         """Try every value that a trial could get on main.py's own parser. -> the flags that all trials share."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from flag_checks import with_config
 from flags import build_parser, flag_of
 from run.cli import UserError
 from run.cores import num_cores
@@ -37,7 +38,7 @@ def refuse_flags(words: list[str], refused: Collection[str], reason: str = SET_P
 def check_main_flags(main_flags: list[str]) -> None:
     """Raise UserError for flags that main.py's parser refuses, or that the program that starts it sets itself."""
     refuse_flags(main_flags, RESERVED_FLAGS)
-    build_parser().parse_args(main_flags)
+    build_parser().parse_args(with_config(main_flags, RESERVED_FLAGS))
 
 
 def without_flag(words: list[str], name: str) -> list[str]:

@@ -1,11 +1,13 @@
 """The methods of an ablation, and shares of their epochs."""
 
+import json
+
 import pytest
 from helpers import ROOT
 
-from flag_checks import parse_flags
+from flag_checks import parse_flags, with_config
 from run.cli import UserError
-from study.grid import GRID, check_flags, common_flags, read_grid, with_epochs
+from study.grid import GRID, check_flags, common_flags, read_grid, varied_flags, with_epochs
 
 
 def test_a_share_of_the_epochs_becomes_a_number():
@@ -21,6 +23,15 @@ def test_every_grid_of_the_project_has_flags_of_main(path):
     grid = read_grid(path)
     check_flags(["--data_dirs", str(ROOT)], grid, epochs=30)
     assert len(set(grid.values())) == len(grid) > 1
+
+
+def test_a_config_cannot_set_what_the_methods_vary(tmp_path):
+    trained = parse_flags(["--data_dirs", str(ROOT), "--use_augmentation", "--train_loss", "focal", "--beta", "0.9"])
+    (tmp_path / "args.json").write_text(json.dumps(vars(trained)))
+    common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(GRID)))
+    plain, weighted = (parse_flags([*common, *with_epochs(GRID[name], 30)]) for name in ("cross entropy", "CB focal"))
+    assert not plain.use_augmentation and plain.augment_all and plain.beta == weighted.beta == 0.9
+    assert (plain.train_loss, weighted.train_loss) == ("ce", "cb")
 
 
 def test_the_default_methods_differ_in_what_they_claim():

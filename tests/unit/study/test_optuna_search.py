@@ -10,6 +10,7 @@ import sqlalchemy
 import yaml
 
 import study.process
+from flags import build_parser
 from run.cli import UserError
 from run.folder import locked
 from run.signals import Signals, Stopped
@@ -35,6 +36,18 @@ def test_flags_of_the_command_line_replace_those_of_the_sweep(tmp_path):
     assert set(search.config.searched()) == {"learning_rate"} and search.epochs == 7
     flags = ["--epochs=7", "--learning_rate=0.1", "--best_metric", "val_balanced_acc"]
     assert search.command_flags({"learning_rate": 0.1}) == [*flags, "--gamma", "3", "--data_dirs", "a", "b"]
+
+
+def test_a_sweep_wins_over_a_config_and_the_command_line_over_both(tmp_path):
+    (tmp_path / "base.yaml").write_text("learning_rate: 1\nfolds: 3\nbeta: 0.9\nepochs: 9\ndata_dirs: [a]\n")
+    for where in ("command line", "command of the sweep"):
+        config, changes = ["--config", str(tmp_path / "base.yaml")], {}
+        if where != "command line":
+            changes, config = {"command": ["${program}", *config, "${args}"]}, []
+        search = open_search(tmp_path, *config, "--epochs", "8", **changes)
+        args = build_parser().parse_args(search.command_flags({"learning_rate": 0.1, "gamma": 1}))
+        assert (args.learning_rate, args.beta, args.epochs, args.folds) == (0.1, 0.9, 8, None)
+        assert search.constants.beta == 0.9 and args.data_dirs == ["a"]
 
 
 def test_a_study_continues_with_the_settings_that_it_was_started_with(tmp_path):
