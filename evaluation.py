@@ -137,7 +137,8 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     if kept == ["val"] and not has_moved and not all(map(os.path.exists, checkpoint["splits"]["val"])):
         print("the validation images of the checkpoint do not exist on this machine: only --test_dirs is evaluated")
     elif kept:
-        splits |= find_images(checkpoint, kept, {**trained_flags, "data_dirs": args.data_dirs})[0]
+        gone = {f"{split}_dirs": None for split in replaced}  # need not exist on this machine
+        splits |= find_images(checkpoint, kept, {**trained_flags, "data_dirs": args.data_dirs, **gone})[0]
     splits = {split: splits[split] for split in SPLITS if split in splits}
     splits = read_all(splits, open_cache(args), args.skip_broken)
     warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)

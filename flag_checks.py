@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flags import DEMO_DEFAULTS, FOLDER_FLAGS, SPLITS, WEIGHTED_LOSSES, build_parser
+from images.layout import take_splits
 from run.cli import UserError
 from run.folder import check_is_folder
 
@@ -29,6 +30,7 @@ def parse_flags(
     for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
+    take_splits(args, explicit, inherited or {})
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if inherited and args.auto_resume:
         args.demo = False  # its images exist already and are the --data_dirs of the run
