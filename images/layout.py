@@ -14,7 +14,7 @@ from typing import Any
 
 from flags import SPLITS
 from run.cli import UserError
-from run.folder import LOCK_FILE
+from run.folder import FOLDS_FILE, LOCK_FILE
 
 # what file servers, operating systems and tools add to a user's folders, in lower case
 SYSTEM_NAMES = frozenset({
@@ -33,6 +33,8 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 RUN_FILES = {"splits.json", "history.csv", "results.json"}  # beside args.json
+STUDY_FILES = {FOLDS_FILE, "ablation.json"}
+TRIAL_LOG = re.compile(r"trial_\d{4,}\.log")  # of a search
 LOCK_TEXT = re.compile(r"process \d+ on ")  # what a run writes into its lock
 CACHE_NAME, CACHE_FILES = re.compile(r"\d+px_v\d+"), {"index.npz", "lock"}
 WANDB_NAME = re.compile(r"wandb|(offline-)?run-\d{8}_\d{6}-.+")
@@ -92,6 +94,8 @@ def _written_by(folder, names):
     if CACHE_NAME.fullmatch(name) and names & CACHE_FILES:
         return "image caches"
     if "args.json" in names and (names & RUN_FILES or any(name.endswith(".pth") for name in names)):
+        return "run folders"
+    if names & STUDY_FILES or any(map(TRIAL_LOG.fullmatch, names)):
         return "run folders"
     if LOCK_FILE in names:  # of a run that has only begun
         try:
