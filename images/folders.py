@@ -17,6 +17,7 @@ import numpy as np
 from images.layout import (
     SPLIT_NAMES,
     enumerated,
+    has_file,
     is_written_by_runs,
     print_passed_over,
     read_entries,
@@ -240,15 +241,10 @@ def _check_level(folder, class_folders, flag):
     """Raise UserError if the class folders hold the same numbers, but are none themselves: `forehead/0`, `lips/0`."""
     if any(unicodedata.normalize("NFKC", name).isdecimal() for name, _ in class_folders):
         return
-    numbers = {}
-    for _, path in class_folders:
-        entries = read_entries(path, flag)
-        has_images = any(os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS for name in entries.files)
-        if entries.folders and not has_images and all(name.isdecimal() for name in entries.folders):
-            numbers[path] = set(entries.folders)
-        elif not is_written_by_runs(path, flag):
-            return
-    if len(numbers) < 2:
+    numbers = {path: _numbered_folders(path, flag) for _, path in class_folders}
+    others = [path for path in numbers if not numbers[path]]
+    numbers = {path: found for path, found in numbers.items() if found}
+    if len(numbers) < 2 or not all(is_written_by_runs(path, flag) for path in others):
         return
     common, every = set.intersection(*numbers.values()), set.union(*numbers.values())
     # a grade without photographs may be missing in one of them; other numbers, as of subjects, rarely are the same
@@ -259,6 +255,14 @@ def _check_level(folder, class_folders, flag):
             f"({enumerated(sorted(common, key=natural_key))}): pass one of them, {flag} {first}, or several to merge "
             f"them class by class, {flag} {first} {second} (if they are the classes, rename the folders in them)"
         )
+
+
+def _numbered_folders(path, flag):
+    """-> the names of the folders in a folder if all of them are numbers and no images are beside them, else none."""
+    if has_file(path, IMAGE_EXTENSIONS):  # as in most class folders: at once, however many there are
+        return set()
+    names = read_entries(path, flag).folders
+    return set(names) if all(name.isdecimal() for name in names) else set()
 
 
 def warn_of_similar_names(names: Sequence[str], flag: str) -> None:

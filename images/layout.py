@@ -77,6 +77,13 @@ def read_entries(folder: str, flag: str) -> Entries:
     return entries
 
 
+def has_file(folder: str, endings: tuple[str, ...]) -> bool:
+    """Whether a file with one of these endings, in lower or upper case, is directly in a folder that can be read."""
+    with suppress(OSError), os.scandir(folder) as found:
+        return any(entry.name.lower().endswith(endings) and not _kind_of(entry.name) for entry in found)
+    return False
+
+
 def _kind_of(name):
     """What an entry is passed over as; None for one of the user."""
     if name.casefold() in SYSTEM_NAMES:
@@ -95,7 +102,7 @@ def _written_by(folder, names):
         return "image caches"
     if "args.json" in names and (names & RUN_FILES or any(name.endswith(".pth") for name in names)):
         return "run folders"
-    if names & STUDY_FILES or any(map(TRIAL_LOG.fullmatch, names)):
+    if names & STUDY_FILES or any(name.startswith("trial_") and TRIAL_LOG.fullmatch(name) for name in names):
         return "run folders"
     if LOCK_FILE in names:  # of a run that has only begun
         try:
