@@ -104,6 +104,8 @@ def _written_by(folder, names):
         return "run folders"
     if names & STUDY_FILES or any(name.startswith("trial_") and TRIAL_LOG.fullmatch(name) for name in names):
         return "run folders"
+    if names == {LOCK_FILE}:  # where files cannot be locked, it is empty
+        return "run folders"
     if LOCK_FILE in names:  # of a run that has only begun
         try:
             with open(os.path.join(folder, LOCK_FILE), encoding="utf-8", errors="replace") as file:

@@ -101,6 +101,18 @@ def test_photographs_whose_names_are_not_utf8_are_trained_on_and_found_again(tmp
             file.read_text(encoding="utf-8")  # raises if it is not valid
 
 
+def test_photographs_whose_names_are_not_utf8_are_sent_to_wandb(tmp_path, capsys):
+    data = write_class_folders(tmp_path / "data", COUNTS)
+    for path in [*data.glob("*/*.png")]:
+        path.rename(path.with_name(os.fsdecode(f"사진_{path.name}".encode("cp949"))))
+    wandb_flags = ["--wandb_mode", "offline", "--wandb_images", 3, "--run_dir", tmp_path / "run"]
+    assert run_main(*FLAGS, "--data_dirs", data, *wandb_flags) == 0
+    (table,) = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/test_worst_mistakes*.json")
+    assert "W&B has failed" not in capsys.readouterr().out
+    paths = [row[1] for row in json.loads(table.read_text(encoding="utf-8"))["data"]]
+    assert paths and all("/\\udcbb\\udce7\\udcc1\\udcf8_0" in path for path in paths)
+
+
 def test_a_class_that_is_not_utf8_is_refused_before_anything_is_written(tmp_path, capsys):
     data = write_class_folders(tmp_path / "data", {"0": 6, os.fsdecode("주름".encode("cp949")): 6})
     assert run_main(*FLAGS, "--data_dirs", data, "--run_dir", tmp_path / "run", "--auto_resume") == 2

@@ -113,6 +113,12 @@ def test_a_class_folder_that_is_a_dead_link_is_named(tmp_path):
         index_folders([tmp_path], ["0", "1", "2"], "--val_dirs")
 
 
+def test_a_data_folder_that_is_a_dead_link_is_named(tmp_path):
+    (tmp_path / "data").symlink_to("/mnt/nas/photos")
+    with pytest.raises(UserError, match="--data_dirs: .*/data is a link to /mnt/nas/photos, which does not exist"):
+        parse("--data_dirs", tmp_path / "data")
+
+
 def test_a_dead_link_below_a_class_folder_is_named_but_a_photograph_is_listed_with_the_broken_ones(tmp_path):
     write_class_folders(tmp_path, {"0": 1, "1": 1})
     (tmp_path / "0" / "a.jpg").symlink_to("/mnt/nas/a.jpg")
