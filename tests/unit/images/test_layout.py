@@ -115,7 +115,7 @@ def test_a_class_folder_that_is_a_dead_link_is_named(tmp_path):
 
 def test_a_data_folder_that_is_a_dead_link_is_named(tmp_path):
     (tmp_path / "data").symlink_to("/mnt/nas/photos")
-    with pytest.raises(UserError, match="--data_dirs: .*/data is a link to /mnt/nas/photos, which does not exist"):
+    with pytest.raises(UserError, match=r"--data_dirs: .*/data is a link to /mnt/nas/photos, which does not exist"):
         parse("--data_dirs", tmp_path / "data")
 
 

@@ -84,5 +84,5 @@ def test_whether_a_process_runs():
 
 
 def test_a_folder_whose_name_a_url_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--search_dir: .* is not valid UTF-8; name another folder"):
+    with pytest.raises(UserError, match=r"--search_dir: .* is not valid UTF-8; name another folder"):
         sqlite_url(tmp_path / "\udcc1" / "study.db")
