@@ -19,7 +19,7 @@ from images.splits import find_images, paths_by_split
 from metrics import format_with_interval, full_metrics, summary_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import plot_confusion_matrix, write_report
-from run.files import write_json, write_predictions
+from run.files import printable, write_json, write_predictions
 from run.saver import BEST
 from schedule import build_loss_from_flags
 from utils import class_shares
@@ -233,7 +233,7 @@ def print_results(results: dict, run_dir: str | Path) -> None:
             tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
             print_metrics(f"test {about}{tau}", results[name]["test"])
     recalls = {name: values["recall"] for name, values in results["test"]["per_class"].items() if values["support"]}
-    print(f"test recall per class: {', '.join(f'{name} {recall:.2f}' for name, recall in recalls.items())}")
+    print(f"test recall per class: {', '.join(f'{printable(name)} {recall:.2f}' for name, recall in recalls.items())}")
     print(f"results saved to {run_dir}")
 
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metrics import format_with_interval
-from run.files import atomic_write, valid_text
+from run.files import atomic_write, printable
 
 # matplotlib's default font has no Hangul; class names that need it are drawn in one of these, if installed
 HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
@@ -82,7 +82,7 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequenc
 
     matrix: (C, C) int, rows: true classes, columns: predictions.
     """
-    matrix, classes = np.asarray(matrix), [_one_line(name) for name in classes]
+    matrix, classes = np.asarray(matrix), [_label(name) for name in classes]
     shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     side = min(20, 3 + 0.7 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -102,9 +102,9 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequenc
     save_figure(figure, path)
 
 
-def _one_line(name):
-    """A class name as a label: valid UTF-8, which matplotlib needs and short enough to leave room for the matrix."""
-    name = " ".join(valid_text(name).split())
+def _label(name):
+    """A class name that matplotlib can draw, and that leaves room for the matrix."""
+    name = printable(name)
     return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 

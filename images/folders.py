@@ -302,7 +302,10 @@ def _check_classes(names, found, folders, classes, flag, allow_missing):
     elif empty:
         raise UserError(f"{flag}: class {empty[0]!r} has no images in {where}; add images or delete the folder")
     elif len(names) < 2:
-        raise UserError(f"{flag}: found only one class, {names[0]!r}, in {where}; a classifier needs at least two")
+        inside = [path for path in (os.path.join(folder, names[0]) for folder in folders) if os.path.isdir(path)]
+        has_folders = inside and read_entries(inside[0], flag).folders
+        advice = f"; if the folders in it are the classes, pass {inside[0]}" if has_folders else ""
+        raise UserError(f"{flag}: found only one class, {names[0]!r}, in {where}; a classifier needs two{advice}")
     if not any(found.values()):
         raise UserError(f"{flag}: no images in {where}")
 

@@ -18,6 +18,7 @@ from images.folders import ImageIndex, check_duplicates, file_stat, index_folder
 from images.layout import SPLIT_NAMES
 from images.leakage import check_subjects, subject_ids, warn_of_grouped_names, warn_of_near_duplicates
 from run.cli import UserError
+from run.files import printable
 from utils import class_balanced_weights, effective_number
 
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
@@ -86,7 +87,7 @@ def print_class_table(splits: dict[str, ImageIndex], beta: float, group_regex: s
     print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
     for i, name in enumerate(splits["train"].classes):
         images = " ".join(f"{counts[split][i]:7d}" for split in SPLITS)
-        print(f"{name:>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
+        print(f"{printable(name):>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
     totals = " ".join(f"{counts[split].sum():7d}" for split in SPLITS)
     print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
     if group_regex:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +72,11 @@ def _sync_folder(folder):
 def valid_text(text: str) -> str:
     """-> `text` with escapes for what is not valid UTF-8, as in the name of a file from another system."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(name: str) -> str:
+    """-> a name in one line, with escapes for control characters and for what is not valid UTF-8."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def write_bytes(path: str | Path, content: bytes, previous: str | None = None) -> None:

@@ -121,10 +121,11 @@ def test_a_class_that_is_not_utf8_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_class_names_with_unusual_characters_get_through_to_every_file(tmp_path):
+def test_class_names_with_unusual_characters_get_through_to_every_file(tmp_path, capsys):
     counts = dict.fromkeys(["$\\frac$", "<b>&", "a\nb", "a,b;\"c'", "| 주름 🙂"], 5)
     data = write_class_folders(tmp_path / "data", counts)
     assert run_main(*FLAGS, "--data_dirs", data, "--run_dir", tmp_path / "run") == 0
+    assert "a\\nb" in capsys.readouterr().out
     assert set(results_of(tmp_path / "run")["classes"]) == set(counts)
     rows = read_rows(tmp_path / "run" / "test_predictions.csv")
     assert {row["label"] for row in rows} == set(counts) and all(f"prob_{name}" in rows[0] for name in counts)

@@ -11,6 +11,7 @@ from run.cli import UserError
 from run.files import (
     HISTORY_COLUMNS,
     atomic_write,
+    printable,
     read_json,
     read_yaml,
     valid_text,
@@ -65,6 +66,11 @@ def test_names_that_are_not_utf8_survive_json_whose_file_is_valid_utf8(tmp_path)
 
 def test_text_that_is_not_valid_utf8_gets_escapes():
     assert valid_text("주름 $<b>") == "주름 $<b>" and valid_text("a\udcc1") == "a\\udcc1"
+
+
+def test_a_name_is_shown_in_one_line_whatever_is_in_it():
+    assert printable("주름 $<b> 🙂, é") == "주름 $<b> 🙂, é"
+    assert printable("a\nb\x1b[31m\udcc1\u2028") == "a\\nb\\x1b[31m\\udcc1\\u2028"
 
 
 def test_the_previous_file_is_kept_even_if_both_names_were_one_file(tmp_path):
