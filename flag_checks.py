@@ -30,12 +30,13 @@ def parse_flags(
     for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
         if getattr(args, name):
             setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
-    take_splits(args, explicit, inherited or {})
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if inherited and args.auto_resume:
         args.demo = False  # its images exist already and are the --data_dirs of the run
     may_have_checkpoint = args.resume or (args.auto_resume and os.path.isdir(args.run_dir or ""))
     is_complete = checkpoint_is_known or not may_have_checkpoint
+    if is_complete:
+        take_splits(args, explicit, inherited or {})
     for names, is_broken, message in RULES:
         if (is_complete or explicit.keys() >= set(names)) and is_broken(args):
             raise UserError(message.format(**vars(args)))

@@ -144,12 +144,16 @@ def index_folders(
             _check_level(folder, class_folders, flag)
         for name, class_folder in class_folders:
             files, is_written = _files_below(class_folder, flag, passed_over)
-            extensions = [os.path.splitext(path)[1].lower() for path in files]
-            images = [path for path, extension in zip(files, extensions, strict=True) if extension in IMAGE_EXTENSIONS]
-            if is_written and not images:  # a folder of runs, not of a class
-                continue
-            found.setdefault(name, []).extend(images)
-            skipped.update(extension or "no extension" for extension in extensions if extension not in IMAGE_EXTENSIONS)
+            images, others = [], Counter()
+            for path in files:
+                extension = os.path.splitext(path)[1].lower()
+                if extension in IMAGE_EXTENSIONS:
+                    images.append(path)
+                else:
+                    others[extension or "no extension"] += 1
+            if images or not is_written:  # otherwise it is a folder of runs, not of a class
+                found.setdefault(name, []).extend(images)
+                skipped.update(others)
     print_passed_over(passed_over, flag)
     if skipped:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))

@@ -77,8 +77,9 @@ def read_entries(folder: str, flag: str) -> Entries:
     return entries
 
 
-def has_file(folder: str, endings: tuple[str, ...]) -> bool:
+def has_file(folder: str, endings: Iterable[str]) -> bool:
     """Whether a file with one of these endings, in lower or upper case, is directly in a folder that can be read."""
+    endings = tuple(endings)
     with suppress(OSError), os.scandir(folder) as found:
         return any(entry.name.lower().endswith(endings) and not _kind_of(entry.name) for entry in found)
     return False
@@ -100,7 +101,7 @@ def _written_by(folder, names):
         return "W&B folders"
     if CACHE_NAME.fullmatch(name) and names & CACHE_FILES:
         return "image caches"
-    if "args.json" in names and (names & RUN_FILES or any(name.endswith(".pth") for name in names)):
+    if ("args.json" in names and names & RUN_FILES) or any(name.endswith("_model.pth") for name in names):
         return "run folders"
     if names & STUDY_FILES or any(name.startswith("trial_") and TRIAL_LOG.fullmatch(name) for name in names):
         return "run folders"
@@ -153,7 +154,7 @@ def take_splits(args: argparse.Namespace, explicit: Collection[str], inherited: 
             if folders := _split_folders(folder, f"--{split}_dirs"):
                 inside = folders.get(split) or next(iter(folders.values()))
                 raise UserError(f"--{split}_dirs: {folder} holds splits; pass one of them, such as {inside[0]}")
-    if not args.data_dirs or (inherited and "data_dirs" not in explicit):
+    if not args.data_dirs or args.data_dirs == inherited.get("data_dirs"):
         return
     layouts = {folder: _split_folders(folder, "--data_dirs") for folder in args.data_dirs}
     if not any(layouts.values()):

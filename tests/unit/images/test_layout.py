@@ -72,6 +72,7 @@ def test_a_folder_that_a_run_has_only_begun_is_passed_over(tmp_path, capsys):
     "files, kind",
     [
         (["run/args.json", "run/last_model.pth", "run/curves.png"], "run folders"),
+        (["run/best_model.pth", "run/curves.png"], "run folders"),
         (["run/args.json", "run/splits.json", "run/confusion_matrix.png"], "run folders"),
         (["runs/a/args.json", "runs/a/results.json", "runs/b/args.json", "runs/b/best_model.pth"], "run folders"),
         (["search/study.db", "search/trial_0007.log", "search/slices.png"], "run folders"),
@@ -224,3 +225,11 @@ def test_the_splits_of_another_folder_win_over_those_of_the_checkpoint(tmp_path)
     assert args.data_dirs == [str(tmp_path / "new" / "train")] and args.val_dirs == [str(tmp_path / "new" / "val")]
     assert args.test_dirs == ["/old/test"]
     assert parse_flags([], inherited, checkpoint_is_known=True).data_dirs == ["/old/train"]
+
+
+def test_a_run_that_has_begun_with_folders_of_splits_as_classes_keeps_them(tmp_path):
+    """As of previous versions; its classes are train and test."""
+    write_splits(tmp_path, "train", "test")
+    inherited = {"data_dirs": [str(tmp_path)], "val_dirs": None, "test_dirs": None}
+    args = parse_flags(["--data_dirs", str(tmp_path)], inherited, checkpoint_is_known=True)
+    assert (args.data_dirs, args.test_dirs) == ([str(tmp_path)], None)
