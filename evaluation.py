@@ -20,7 +20,7 @@ from metrics import format_with_interval, full_metrics, summary_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import plot_confusion_matrix, write_report
 from run.environment import write_environment
-from run.files import write_json, write_predictions
+from run.files import printable, write_json, write_predictions
 from run.log import start_log
 from run.progress import Progress
 from run.saver import BEST
@@ -142,7 +142,8 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     if kept == ["val"] and not has_moved and not all(map(os.path.exists, checkpoint["splits"]["val"])):
         print("the validation images of the checkpoint do not exist on this machine: only --test_dirs is evaluated")
     elif kept:
-        splits |= find_images(checkpoint, kept, {**trained_flags, "data_dirs": args.data_dirs})[0]
+        gone = {f"{split}_dirs": None for split in replaced}  # need not exist on this machine
+        splits |= find_images(checkpoint, kept, {**trained_flags, "data_dirs": args.data_dirs, **gone})[0]
     splits = {split: splits[split] for split in SPLITS if split in splits}
     splits = read_all(splits, open_cache(args), args.skip_broken)
     warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)
@@ -237,7 +238,7 @@ def print_results(results: dict, run_dir: str | Path) -> None:
             tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
             print_metrics(f"test {about}{tau}", results[name]["test"])
     recalls = {name: values["recall"] for name, values in results["test"]["per_class"].items() if values["support"]}
-    print(f"test recall per class: {', '.join(f'{name} {recall:.2f}' for name, recall in recalls.items())}")
+    print(f"test recall per class: {', '.join(f'{printable(name)} {recall:.2f}' for name, recall in recalls.items())}")
     print(f"results saved to {run_dir}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser, flag_of
+from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_folder, prefixed
 
@@ -37,6 +38,8 @@ def parse_flags(
         args.demo = False  # its images exist already and are the --data_dirs of the run
     may_have_checkpoint = args.resume or (args.auto_resume and os.path.isdir(args.run_dir or ""))
     is_complete = checkpoint_is_known or not may_have_checkpoint
+    if is_complete:
+        take_splits(args, explicit, inherited or {})
     for names, is_broken, message in RULES:
         if (is_complete or explicit.keys() >= set(names)) and is_broken(args):
             raise UserError(message.format(**vars(args)))

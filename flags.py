@@ -66,7 +66,8 @@ def build_parser() -> Parser:
 
 def _add_data_flags(group):
     add = group.add_argument
-    add("--data_dirs", nargs="+", metavar="DIR", help="folders with one folder per class; same names are merged")
+    about = "folders with one folder per class, or with train, val and test; same names are merged"
+    add("--data_dirs", nargs="+", metavar="DIR", help=about)
     add("--val_dirs", nargs="+", metavar="DIR", help="validation images, instead of a share of --data_dirs")
     add("--test_dirs", nargs="+", metavar="DIR", help="test images, instead of a share of --data_dirs")
     add(

@@ -13,11 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metrics import format_with_interval
-from run.files import atomic_write
+from run.files import atomic_write, printable
 
 # matplotlib's default font has no Hangul; class names that need it are drawn in one of these, if installed
 HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
 NO_BREAK_SPACE = "\u00a0"
+LONGEST_LABEL = 40  # letters
 COUNTS_UP_TO = 25  # classes; the cells of larger confusion matrices are too small for text
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -81,7 +82,7 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequenc
 
     matrix: (C, C) int, rows: true classes, columns: predictions.
     """
-    matrix = np.asarray(matrix)
+    matrix, classes = np.asarray(matrix), [_label(name) for name in classes]
     shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     side = min(20, 3 + 0.7 * len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -99,6 +100,12 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequenc
             color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{shares[row, column]:.0%}\n{count}", ha="center", va="center", color=color, size=8)
     save_figure(figure, path)
+
+
+def _label(name):
+    """A class name that matplotlib can draw, and that leaves room for the matrix."""
+    name = printable(name)
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 
 def _installed(fonts):

@@ -14,6 +14,7 @@ import numpy as np
 from images.decode import read_image
 from images.folders import ImageIndex
 from run.cli import UserError, first_line
+from run.files import valid_text
 from run.progress import Progress
 from run.signals import Stopped
 
@@ -210,7 +211,7 @@ class WandbRun:
             image = self._wandb.Image(read_image(test.paths[i], TABLE_IMAGE_SIZE))
             label, prediction = test.classes[test.targets[i]], test.classes[predictions[i]]
             of_label, of_prediction = label_probabilities[i], probabilities[i, predictions[i]]
-            table.add_data(image, test.paths[i], label, prediction, of_label, of_prediction)
+            table.add_data(image, valid_text(test.paths[i]), label, prediction, of_label, of_prediction)
         return table
 
     def __enter__(self):

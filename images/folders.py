@@ -2,20 +2,33 @@
 
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from images.layout import (
+    SPLIT_NAMES,
+    enumerated,
+    has_file,
+    is_written_by_runs,
+    print_passed_over,
+    read_entries,
+    refuse_dead_links,
+)
 from run.cli import UserError
+from run.files import valid_text
 from run.folder import check_is_folder
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_GRADES = 12  # a class folder with more numbered folders holds subjects or years, not grades
 
 
 class Paths(Sequence):
@@ -120,63 +133,160 @@ def index_folders(
 ) -> ImageIndex:
     """Merge the class folders (`folder/CLASS/**/image`) of all `folders`, class by class.
 
-    Hidden files and folders are skipped. classes: the only classes allowed (those of the training images or of a
-    checkpoint); each needs an image unless `allow_missing`. Raises UserError, naming `flag`, for any other layout.
+    What systems and runs have put there is passed over. classes: the only classes allowed (those of the training images
+    or of a checkpoint); each needs an image unless `allow_missing`. Raises UserError, naming `flag`, for any other
+    layout.
     """
-    found, skipped = {}, Counter()
+    found, skipped, passed_over = {}, Counter(), Counter()
     for folder in folders:
-        for name, class_folder in _class_folders(folder, flag):
-            images = found.setdefault(name, [])
-            for path in _files_below(class_folder):
+        class_folders = _class_folders(folder, classes, flag, passed_over)
+        if classes is None:
+            _check_level(folder, class_folders, flag)
+        for name, class_folder in class_folders:
+            files, is_written = _files_below(class_folder, flag, passed_over)
+            images, others = [], Counter()
+            for path in files:
                 extension = os.path.splitext(path)[1].lower()
                 if extension in IMAGE_EXTENSIONS:
                     images.append(path)
                 else:
-                    skipped[extension or "no extension"] += 1
+                    others[extension or "no extension"] += 1
+            if images or not is_written:  # otherwise it is a folder of runs, not of a class
+                found.setdefault(name, []).extend(images)
+                skipped.update(others)
+    print_passed_over(passed_over, flag)
     if skipped:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
         print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
+    if classes is None:
+        warn_of_similar_names(names, flag)
     names = list(classes) if classes is not None else names
     paths = [path for name in names for path in found.get(name, [])]
     targets = np.repeat(np.arange(len(names)), [len(found.get(name, [])) for name in names])
     return ImageIndex(paths, targets, names)
 
 
-def _class_folders(folder, flag):
+def _class_folders(folder, classes, flag, passed_over):
     """-> [(class name, its folder)]. Names are compared in composed form (NFC), as macOS decomposes them."""
     check_is_folder(folder, flag)
-    folder = Path(folder)
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    class_folders = [(unicodedata.normalize("NFC", entry.name), entry) for entry in entries if entry.is_dir()]
-    loose = sum(entry.suffix.lower() in IMAGE_EXTENSIONS for entry in entries if entry.is_file())
-    if not class_folders:
-        problem = "contains images, not class folders: pass its parent folder" if loose else "contains no class folders"
+    folder = str(folder)
+    entries = read_entries(folder, flag)
+    passed_over.update(entries.passed_over)
+    refuse_dead_links(folder, entries.dead_links, flag)
+    loose = sum(os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS for name in entries.files)
+    if not entries.folders:
+        problem = "contains no class folders"
+        if loose:
+            is_split = os.path.basename(folder).casefold() in SPLIT_NAMES
+            advice = "sort them into class folders" if is_split else "pass its parent folder"
+            problem = f"contains images, not class folders: {advice}"
         raise UserError(f"{flag}: {folder} {problem} (expected {folder}/CLASS/image.jpg)")
     if loose:
         print(f"{flag}: skipped {loose} images directly in {folder}, outside the class folders")
-    return sorted(class_folders)
+    paths = [os.path.join(folder, name) for name in entries.folders]
+    return sorted((_class_name(path, classes, flag), path) for path in paths)
 
 
-def _files_below(folder):
-    """All files below `folder` in a fixed order. Links are followed, and each folder is visited once, as a link may
-    lead back to a parent.
+def _class_name(path, classes, flag):
+    """The name of a class folder in composed form (NFC). Raises UserError for a new class that is not valid UTF-8."""
+    name = os.path.basename(path)
+    try:
+        return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if classes and name in classes:  # a run that has begun with it
+            return name
+        guess = "NAME"
+        with suppress(UnicodeDecodeError):  # of a zip file that was made on Windows in Korean
+            guess = os.fsencode(name).decode("euc-kr")
+        renamed = os.path.join(os.path.dirname(path), guess)
+        raise UserError(
+            f"{flag}: the name of the class folder {valid_text(path)} is not valid UTF-8; rename it, for example: "
+            f"mv {_shell_word(path)} {_shell_word(renamed)} (convmv -f cp949 -t utf8 -r --notest renames all at once)"
+        ) from error
+
+
+def _shell_word(path):
+    """A path for the command line of bash, also if it is not valid UTF-8."""
+    if valid_text(path) == path:
+        return shlex.quote(path)
+    escapes = {"'": "\\'", "\\": "\\\\"} | {chr(0xDC00 + byte): f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
+    return f"$'{''.join(escapes.get(letter, letter) for letter in path)}'"
+
+
+def _files_below(folder, flag, passed_over):
+    """-> (all files below `folder` in a fixed order, whether runs write to a folder in it, which is passed over).
+
+    Links are followed, and each folder is visited once, as a link may lead back to a parent.
     """
-
-    def refuse(error):  # os.walk would silently skip an unreadable folder
-        raise error
-
-    files, visited = [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    files, waiting, visited, is_written = [], [str(folder)], set(), False
+    while waiting:
+        place = waiting.pop()
         real_place = os.path.realpath(place)
         if real_place in visited:
-            subfolders.clear()
             continue
         visited.add(real_place)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [f"{place}{os.sep}{name}" for name in sorted(names) if not name.startswith(".")]
-    return files
+        entries = read_entries(place, flag)
+        if entries.written_by:
+            passed_over[entries.written_by] += 1
+            is_written = True
+            continue
+        passed_over.update(entries.passed_over)
+        # a photograph that cannot be reached is listed with the broken ones; anything else may be a folder of them
+        photographs = [name for name in entries.dead_links if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+        refuse_dead_links(place, sorted(set(entries.dead_links) - set(photographs)), flag)
+        files += [f"{place}{os.sep}{name}" for name in sorted(entries.files + photographs)]
+        waiting += [f"{place}{os.sep}{name}" for name in reversed(entries.folders)]
+    return files, is_written
+
+
+def _check_level(folder, class_folders, flag):
+    """Raise UserError if the class folders hold the same numbers, but are none themselves: `forehead/0`, `lips/0`."""
+    if any(unicodedata.normalize("NFKC", name).isdecimal() for name, _ in class_folders):
+        return
+    numbers = {path: _numbered_folders(path, flag) for _, path in class_folders}
+    others = [path for path in numbers if not numbers[path]]
+    numbers = {path: found for path, found in numbers.items() if found}
+    if len(numbers) < 2 or not all(is_written_by_runs(path, flag) for path in others):
+        return
+    common, every = set.intersection(*numbers.values()), set.union(*numbers.values())
+    # a grade without photographs may be missing in one of them; other numbers, as of subjects, rarely are the same
+    if len(common) >= 2 and (common == every or (len(every) <= MAX_GRADES and 2 * len(common) >= len(every))):
+        first, second = list(map(shlex.quote, numbers))[:2]
+        raise UserError(
+            f"{flag}: the folders in {folder} ({enumerated(map(os.path.basename, numbers))}) each hold class folders "
+            f"({enumerated(sorted(common, key=natural_key))}): pass one of them, {flag} {first}, or several to merge "
+            f"them class by class, {flag} {first} {second} (if they are the classes, rename the folders in them)"
+        )
+
+
+def _numbered_folders(path, flag):
+    """-> the names of the folders in a folder if all of them are numbers and no images are beside them, else none."""
+    if has_file(path, IMAGE_EXTENSIONS):  # as in most class folders: at once, however many there are
+        return set()
+    names = read_entries(path, flag).folders
+    return set(names) if all(name.isdecimal() for name in names) else set()
+
+
+def warn_of_similar_names(names: Sequence[str], flag: str) -> None:
+    """Print a line for the classes that differ only in case, leading zeros, spaces or forms of the same letter."""
+    similar = {}
+    for name in names:
+        similar.setdefault(_comparable(name), []).append(name)
+    groups = [" and ".join(map(repr, group)) for group in similar.values() if len(group) > 1]
+    if groups:
+        print(
+            f"warning: {flag}: some classes have nearly the same name ({enumerated(groups)}) and are trained as "
+            "different classes; if they are one class, give their folders the same name"
+        )
+
+
+def _comparable(name):
+    """A class name without case, leading zeros, spaces, invisible characters and compatibility forms."""
+    name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    name = "".join(letter for letter in name if unicodedata.category(letter)[0] not in "ZC")
+    return re.sub(r"(?<!\d)0+(?=\d)", "", name)
 
 
 def _check_classes(names, found, folders, classes, flag, allow_missing):
@@ -191,10 +301,15 @@ def _check_classes(names, found, folders, classes, flag, allow_missing):
             raise UserError(
                 f"{flag}: class {absent[0]!r} has no images in {where}; every split needs images of each class"
             )
+    elif not names:
+        raise UserError(f"{flag}: no images in {where}")
     elif empty:
         raise UserError(f"{flag}: class {empty[0]!r} has no images in {where}; add images or delete the folder")
     elif len(names) < 2:
-        raise UserError(f"{flag}: found only one class, {names[0]!r}, in {where}; a classifier needs at least two")
+        inside = [path for path in (os.path.join(folder, names[0]) for folder in folders) if os.path.isdir(path)]
+        has_folders = inside and read_entries(inside[0], flag).folders
+        advice = f"; if the folders in it are the classes, pass {inside[0]}" if has_folders else ""
+        raise UserError(f"{flag}: found only one class, {names[0]!r}, in {where}; a classifier needs two{advice}")
     if not any(found.values()):
         raise UserError(f"{flag}: no images in {where}")
 

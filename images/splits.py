@@ -15,8 +15,10 @@ import numpy as np
 from flags import SPLITS, data_folders
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
+from images.layout import SPLIT_NAMES
 from images.leakage import check_subjects, subject_ids, warn_of_grouped_names, warn_of_near_duplicates
 from run.cli import UserError
+from run.files import printable
 from utils import class_balanced_weights, effective_number
 
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
@@ -47,6 +49,7 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
         splits = folds[args.fold]
     else:
         splits = stratified_split(index, args.split, args.seed, separate, subjects)
+        print_sources(args)
     splits = {split: {**splits, **separate}[split] for split in SPLITS}
     check_classes_in_splits(splits, args.split)
     if args.group_regex:
@@ -55,6 +58,22 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
         warn_of_grouped_names(index.paths)
     warn_of_near_duplicates(splits)
     return splits
+
+
+def print_sources(args: argparse.Namespace) -> None:
+    """Print a line with the folders of each split, unless all are split off from ordinary class folders."""
+    sources = {split: getattr(args, f"{split}_dirs") for split in ("val", "test") if getattr(args, f"{split}_dirs")}
+    if not sources and not any(os.path.basename(folder).casefold() in SPLIT_NAMES for folder in args.data_dirs):
+        return
+    shares = {split: share for split, share in zip(SPLITS, args.split, strict=True) if split not in sources}
+    total = sum(shares.values())
+    if len(shares) > 1:
+        of_train = ", ".join(f"{split} {share / total:.0%}" for split, share in shares.items()) + " of"
+    else:
+        of_train = "train from"
+    lines = [f"{of_train} {' '.join(args.data_dirs)}"]
+    lines += [f"{split} from {' '.join(folders)}" for split, folders in sources.items()]
+    print(f"splits: {'; '.join(lines)}")
 
 
 def print_class_table(splits: dict[str, ImageIndex], beta: float, group_regex: str | None) -> None:
@@ -68,7 +87,7 @@ def print_class_table(splits: dict[str, ImageIndex], beta: float, group_regex: s
     print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
     for i, name in enumerate(splits["train"].classes):
         images = " ".join(f"{counts[split][i]:7d}" for split in SPLITS)
-        print(f"{name:>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
+        print(f"{printable(name):>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
     totals = " ".join(f"{counts[split].sum():7d}" for split in SPLITS)
     print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
     if group_regex:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +28,8 @@ def atomic_write(path: str | Path, mode: str = "w", previous: str | None = None)
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # surrogateescape: a file name that is not valid UTF-8 must survive the way into splits.json and back
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    # a file name that is not valid UTF-8 gets escapes, which JSON reads back as they were: the file is valid UTF-8
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -66,6 +67,16 @@ def _sync_folder(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def valid_text(text: str) -> str:
+    """-> `text` with escapes for what is not valid UTF-8, as in the name of a file from another system."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(name: str) -> str:
+    """-> a name in one line, with escapes for control characters and for what is not valid UTF-8."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def write_bytes(path: str | Path, content: bytes, previous: str | None = None) -> None:

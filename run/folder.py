@@ -132,4 +132,7 @@ def is_inside(path: str, folder: str | Path) -> bool:
 def check_is_folder(path: str | Path, flag: str) -> None:
     """Raise UserError, naming `flag`, if `path` is not an existing folder."""
     if not os.path.isdir(path):
-        raise UserError(f"{flag}: {path} {'is not a folder' if os.path.exists(path) else 'does not exist'}")
+        problem = "is not a folder" if os.path.exists(path) else "does not exist"
+        if os.path.islink(path) and not os.path.exists(path):
+            problem = f"is a link to {os.readlink(path)}, which does not exist"
+        raise UserError(f"{flag}: {path} {problem}")

@@ -225,10 +225,8 @@ def markdown(table: Sequence[dict], baseline: str, seeds: Sequence[int]) -> str:
         "method", *METRICS.values(), f"difference from {baseline}", "p", *(f"recall {name}" for name in rarest),
         "post hoc", "tau", "validation", "minutes",
     ]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for row in table:
-        cells = _cells(row, rarest, row["method"] == baseline, len(seeds))
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines = [_table_row(heads), f"|{' --- |' * len(heads)}"]
+    lines += [_table_row(_cells(row, rarest, row["method"] == baseline, len(seeds))) for row in table]
     explanation = (
         f"Metrics of the test images, mean over seeds {' '.join(map(str, seeds))}. In brackets: 95 % intervals of a "
         "bootstrap over images (stratified by class) and seeds. ±: standard deviation over the seeds. Difference and "
@@ -238,6 +236,10 @@ def markdown(table: Sequence[dict], baseline: str, seeds: Sequence[int]) -> str:
         "images. Validation: balanced accuracy on the validation images; choose a method by this column."
     )
     return "\n".join([*lines, "", explanation, ""])
+
+
+def _table_row(cells):
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _cells(row, rarest, is_baseline, num_seeds):

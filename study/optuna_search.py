@@ -19,7 +19,7 @@ from flag_checks import with_config
 from flags import BEST_METRICS, FOLDER_FLAGS, flag_of, is_neutral
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
-from run.files import read_rows
+from run.files import read_rows, valid_text
 from run.signals import Signals
 from study.process import RESERVED_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
 from study.search_results import trial_line, write_search_results
@@ -334,6 +334,9 @@ class Search:
 
 
 def sqlite_url(path: Path) -> str:
+    """Raises UserError for a path that a URL cannot hold."""
+    if valid_text(str(path)) != str(path):
+        raise UserError(f"--search_dir: {valid_text(str(path.parent))} is not valid UTF-8; name another folder")
     url = sqlalchemy.URL.create("sqlite", database=str(path))  # escapes ? and # in the path
     return url.render_as_string()
 

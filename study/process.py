@@ -62,7 +62,7 @@ class TrialProcess:
         command = [*program, *flags, *_device_flags(flags, slot), "--run_dir", str(run_dir), "--auto_resume"]
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._is_asked_to_stop = False
-        with open(self.log, "a", encoding="utf-8") as log:
+        with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             self._log_start = log.tell()
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()

@@ -17,9 +17,9 @@ LAYERS = (
     ("evaluation", "resume"),
     ("schedule", "engine", "pages"),
     ("dataset_double", "model", "tracking"),
+    ("flag_checks",),
     ("images",),
     ("metrics", "utils", "resnet_custom"),
-    ("flag_checks",),
     ("flags",),
     ("run",),
 )

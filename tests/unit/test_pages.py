@@ -32,6 +32,22 @@ def test_letters_that_no_font_has_are_reported_in_one_line(tmp_path, capsys):
     assert "c.png" in line and "font" in line
 
 
+def test_any_class_name_is_drawn_and_shown(tmp_path):
+    """Mathematical text, markup, line breaks, names as long as a file system allows, and names that are not UTF-8."""
+    names = ["$\\frac$", "$", "<b>", "a\nb", "a,b", "x" * 255, "\udcc1\udcd6", "{}", "%s", "\\", "_^", "🙂", "=1"]
+    plot_confusion_matrix(tmp_path / "confusion_matrix.png", np.eye(len(names), dtype=int), names, "test")
+    with Image.open(tmp_path / "confusion_matrix.png") as image:
+        assert min(image.size) > 300
+    targets = np.arange(len(names)).repeat(2)
+    test = full_metrics(targets, np.eye(len(names))[targets], names, [2] * len(names)) | {"loss": 0.5}
+    results = {"evaluated_epoch": 3, "test": test, "classes": names, "samples_per_cls": [2] * len(names)}
+    write_report(tmp_path, {"data_dirs": ["/\udcc1"]}, results)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("&lt;b&gt;", "$\\frac$", "\\udcc1\\udcd6", "/\\udcc1"):
+        assert name in page
+    assert "<b>" not in page
+
+
 def page_of(run_dir, **more_results):
     """`report.html` of two classes, the first of them half right. -> its text"""
     targets, classes = np.array([0, 0, 1, 1]), ["<dry>", "주름"]

@@ -1,6 +1,8 @@
 """Class folders and lists of paths."""
 
 import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -73,8 +75,12 @@ def test_files_are_sorted_in_every_file_system(tmp_path):
         ({"x/a.txt": 0}, "skipped|no images"),
         ({"a.png": 1}, "contains images, not class folders: pass its parent folder"),
         ({"0/a.png": 1, "1/b.txt": 1}, "class '1' has no images"),
-        ({"0/a.png": 1}, "found only one class, '0'"),
+        ({"0/a.png": 1}, "found only one class, '0', .* needs two$"),
+        ({"faces/0/a.png": 1, "faces/1/a.png": 1, "__MACOSX/faces/0/a.png": 1}, "'faces', .* pass .*/data/faces"),
         ({"note.txt": 1}, "contains no class folders"),
+        ({"@eaDir/a.png": 1}, "contains no class folders"),
+        ({"0/a.png": 1, "1/@eaDir/a.png": 1}, "class '1' has no images"),
+        ({"wandb/debug.log": 1}, "no images in"),
     ],
 )
 def test_folders_without_class_folders_are_rejected(tmp_path, layout, message):
@@ -83,6 +89,93 @@ def test_folders_without_class_folders_are_rejected(tmp_path, layout, message):
         (tmp_path / "data" / name).write_bytes(b"")
     with pytest.raises(UserError, match=f"--data_dirs: .*({message})"):
         index_folders([tmp_path / "data"])
+
+
+def test_images_without_classes_in_the_folder_of_a_split_are_rejected_with_other_advice(tmp_path):
+    write_images(tmp_path / "test", 1)
+    with pytest.raises(UserError, match=r"--test_dirs: .*/test contains images, not class folders: sort them into"):
+        index_folders([tmp_path / "test"], ["0", "1"], "--test_dirs")
+
+
+REGIONS = ["forehead/0", "forehead/1", "forehead/2", "lips/0", "lips/1", "lips/2"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        REGIONS,
+        REGIONS[:-1],  # no photograph of the last grade
+        [f"{region}/{grade:02d}" for region in ("이마", "입술", "눈가") for grade in range(7)],
+        [*REGIONS, "@eaDir/lips", "wandb/run-20260101_120000-ab/media"],
+    ],
+)
+def test_a_folder_of_folders_of_class_folders_is_the_wrong_level(tmp_path, folders):
+    for folder in folders:
+        write_images(tmp_path / folder, 1)
+    first = tmp_path / min(folder.partition("/")[0] for folder in folders if "@" not in folder)
+    with pytest.raises(UserError, match=f"--data_dirs: .* pass one of them, --data_dirs '?{first}"):
+        index_folders([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["0/cam1", "1/cam1"],
+        ["dry/cam1", "dry/cam2", "oily/cam1", "oily/cam2"],
+        ["0/0", "0/1", "1/0", "1/1"],  # the classes are numbers themselves
+        ["dry/1", "dry/2", "dry/3", "oily/3", "oily/4", "oily/5"],  # subjects
+        ["dry/1", "oily/1"],
+        [*(f"dry/{subject}" for subject in range(30)), *(f"oily/{subject}" for subject in range(40))],
+        [*REGIONS, "lips"],  # images beside the folders
+    ],
+)
+def test_folders_below_class_folders_may_have_equal_names(tmp_path, folders):
+    for folder in folders:
+        write_images(tmp_path / folder, 1)
+    assert len(index_folders([tmp_path])) == len(folders)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Dry", "dry"), ("1", "01"), ("grade 1", "grade  1"), ("grade 1", "grade1"), ("1", "1 "), ("1", "１"),
+        ("grade 01", "Grade 1"), ("ﬁne", "fine"), ("①", "1"), ("a", "a\u200b"), ("Straße", "STRASSE"),
+    ],
+)  # fmt: skip
+def test_classes_whose_names_are_nearly_the_same_are_reported(tmp_path, names, capsys):
+    write_class_folders(tmp_path / "a", {names[0]: 1, "other": 1})
+    write_class_folders(tmp_path / "b", {names[1]: 1, "other": 1})
+    assert len(index_folders([tmp_path / "a", tmp_path / "b"]).classes) == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: --data_dirs: ") and all(repr(name) in line for name in names)
+
+
+def test_classes_with_different_names_are_not_reported(tmp_path, capsys):
+    write_class_folders(tmp_path, {"0": 1, "10": 1, "100": 1, "1-0": 1, "1.0": 1})
+    write_class_folders(tmp_path, {"주름": 1, "주근깨": 1, "a+": 1, "a-": 1})
+    assert len(index_folders([tmp_path]).classes) == 9 and not capsys.readouterr().out
+
+
+def test_a_class_folder_that_is_not_utf8_is_refused_with_the_command_that_renames_it(tmp_path):
+    folder = tmp_path / "data's"
+    write_class_folders(folder, {"0": 1, "1": 1})
+    (folder / os.fsdecode("주름".encode("cp949"))).mkdir()
+    write_images(folder / os.fsdecode("주름".encode("cp949")), 1)
+    with pytest.raises(UserError, match="not valid UTF-8") as error:
+        index_folders([folder])
+    assert str(error.value).isprintable()
+    rename = re.search(r"for example: (.*) \(", str(error.value))[1]
+    subprocess.run(["bash", "-c", rename], check=True)
+    assert index_folders([folder]).classes == ["0", "1", "주름"]
+    (folder / "0").rename(folder / os.fsdecode(b"L\xe4sion"))  # of some other encoding
+    with pytest.raises(UserError, match=r"mv \$'.*/L\\xe4sion' .*/NAME"):
+        index_folders([folder])
+
+
+def test_a_run_that_has_begun_with_a_class_that_is_not_utf8_finds_it_again(tmp_path):
+    name = "\udcc1\udcd6"
+    write_class_folders(tmp_path, {"0": 1, name: 2})
+    assert index_folders([tmp_path], ["0", name]).counts().tolist() == [1, 2]
 
 
 def test_classes_that_differ_from_training_are_rejected(tmp_path):

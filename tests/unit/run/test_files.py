@@ -1,13 +1,24 @@
 """The files of a run: atomic writes, history, predictions, and YAML input."""
 
 import csv
+import json
 import os
 
 import numpy as np
 import pytest
 
 from run.cli import UserError
-from run.files import HISTORY_COLUMNS, atomic_write, read_yaml, write_history, write_predictions
+from run.files import (
+    HISTORY_COLUMNS,
+    atomic_write,
+    printable,
+    read_json,
+    read_yaml,
+    valid_text,
+    write_history,
+    write_json,
+    write_predictions,
+)
 
 
 def test_a_failed_write_leaves_the_previous_file_intact(tmp_path):
@@ -35,13 +46,31 @@ def test_predictions_use_class_names_and_keep_unusual_paths(tmp_path):
     write_predictions(
         tmp_path / "p.csv", [unusual_path, "/x.jpg"], np.array([0, 1]), np.array([[0.7, 0.3], [0.6, 0.4]]), ["0", "3"]
     )
-    with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
         ["path", "label", "prediction", "correct", "prob_0", "prob_3"],
-        [unusual_path, "0", "0", "1", "0.7", "0.3"],
+        ["/a b/주름, [1]/\\udcff.jpg", "0", "0", "1", "0.7", "0.3"],
         ["/x.jpg", "3", "0", "0", "0.6", "0.4"],
     ]
+
+
+def test_names_that_are_not_utf8_survive_json_whose_file_is_valid_utf8(tmp_path):
+    content = {"train": ["/a/\udcc1\udcd6/\\x.jpg", "/주름/1.jpg"], "\udcff": 1}
+    write_json(tmp_path / "splits.json", content)
+    assert json.loads((tmp_path / "splits.json").read_text(encoding="utf-8")) == content
+    assert read_json(tmp_path / "splits.json") == content
+    (tmp_path / "splits.json").write_bytes(b'["/a/\xff.jpg"]')  # as previous versions wrote it
+    assert read_json(tmp_path / "splits.json") == ["/a/\udcff.jpg"]
+
+
+def test_text_that_is_not_valid_utf8_gets_escapes():
+    assert valid_text("주름 $<b>") == "주름 $<b>" and valid_text("a\udcc1") == "a\\udcc1"
+
+
+def test_a_name_is_shown_in_one_line_whatever_is_in_it():
+    assert printable("주름 $<b> 🙂, é") == "주름 $<b> 🙂, é"
+    assert printable("a\nb\x1b[31m\udcc1\u2028") == "a\\nb\\x1b[31m\\udcc1\\u2028"
 
 
 def test_the_previous_file_is_kept_even_if_both_names_were_one_file(tmp_path):

@@ -105,6 +105,10 @@ def test_differences_are_paired_and_tested_against_the_baseline(tmp_path):
     assert table["weak, post-hoc logit adjustment"]["balanced_acc"] != table["weak"]["balanced_acc"]
     text = markdown(list(table.values()), "weak", [0, 1])
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    for row in table.values():
+        row["recalls"] = row["recalls"] and {"a|b": 0.5, "c\nd": 0.5}
+    lines = [line for line in markdown(list(table.values()), "weak", [0, 1]).splitlines() if line.startswith("|")]
+    assert len(lines) == 7 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def read_targets_and_predictions(run):

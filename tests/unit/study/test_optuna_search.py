@@ -94,3 +94,8 @@ def test_a_trial_whose_folder_is_in_use_is_recognized_by_the_error_of_main(tmp_p
 def test_whether_a_process_runs():
     assert is_process(os.getpid()) and is_process(1)
     assert not is_process(2**22 + 1)  # above the highest id of Linux
+
+
+def test_a_folder_whose_name_a_url_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--search_dir: .* is not valid UTF-8; name another folder"):
+        sqlite_url(tmp_path / "\udcc1" / "study.db")
