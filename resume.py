@@ -215,7 +215,11 @@ def snapshot(
         "wandb_id": wandb_id,
         "splits": paths_by_split(splits),
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
-        "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng_state": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+            **({"mps": torch.mps.get_rng_state()} if engine.device.type == "mps" else {}),
+        },
     }
     return checkpoint["history"], checkpoint_bytes(checkpoint)
 
@@ -266,6 +270,8 @@ def restore(
         group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
     if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
+    if engine.device.type == "mps" and "mps" in checkpoint["rng_state"]:
+        torch.mps.set_rng_state(checkpoint["rng_state"]["mps"])
     best_metric, best_epoch = reconcile_best_model(checkpoint, args.resume, args.run_dir)
     return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), epoch_state
 

@@ -11,9 +11,10 @@ from run.cli import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """`--device` -> the device; auto: a GPU where there is one. Raises UserError if it is not available."""
+    """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(next(kind for kind in available if available[kind]) if name == "auto" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device: {name} is not available here: {str(error).splitlines()[0]}") from error
@@ -32,6 +33,16 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cpu" and _cpu_computes_bf16():
         return torch.bfloat16
     return None
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """-> channels last, which is faster; not on MPS, whose batch normalization raises for it in many versions."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether AdamW is one kernel there in every version of torch that this project supports."""
+    return device.type in ("cpu", "cuda")
 
 
 def _cpu_computes_bf16():
@@ -63,7 +74,7 @@ def name_hardware_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or reason.startswith("MPS backend out of memory"):
             raise UserError(
                 "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
                 f"steps ({reason})"

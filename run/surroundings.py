@@ -28,7 +28,7 @@ def _open_missing_streams():
 
     Otherwise the next file that is opened, perhaps a checkpoint, gets the number of a stream and what is printed to it.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
@@ -37,8 +37,8 @@ def _open_missing_streams():
                 os.dup2(opened, number)
                 os.close(opened)
             os.set_inheritable(number, True)
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
-            mode = "w" if number else "r"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
 
 

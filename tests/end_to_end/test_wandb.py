@@ -160,7 +160,10 @@ def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path,
     [
         ({"WANDB_API_KEY": "not a key"}, "W&B: offline ("),
         # the client raises RuntimeError where it looks for its settings, or does not find a place for its files
-        ({"WANDB_CONFIG_DIR": "~nobody-of-this-name"}, "warning: W&B does not start (Could not determine home directory"),
+        (
+            {"WANDB_CONFIG_DIR": "~nobody-of-this-name"},
+            "warning: W&B does not start (Could not determine home directory",
+        ),
         ({"HOME": os.devnull, "XDG_CACHE_HOME": None}, "W&B: http"),
     ],
 )
