@@ -2,8 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,9 +13,10 @@ from run.cli import UserError
 
 def choose_device(name: str) -> torch.device:
     """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    tests = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     try:
-        device = torch.device(next(kind for kind in available if available[kind]) if name == "auto" else name)
+        chosen = next(kind for kind, is_available in tests.items() if is_available()) if name == "auto" else name
+        device = torch.device(chosen)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device: {name} is not available here: {str(error).splitlines()[0]}") from error
@@ -43,6 +45,21 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def has_fused_optimizer(device: torch.device) -> bool:
     """Whether AdamW is one kernel there in every version of torch that this project supports."""
     return device.type in ("cpu", "cuda")
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """-> `rng_state` of a checkpoint: of the CPU, of each GPU, and of MPS if that is the device."""
+    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return state | {"mps": torch.mps.get_rng_state()} if device.type == "mps" else state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """state: by `random_state`, perhaps on another machine, whose GPUs or MPS are then left as they are."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def _cpu_computes_bf16():

@@ -5,7 +5,15 @@ import torch
 
 from run import machine
 from run.cli import UserError
-from run.machine import choose_device, has_fused_optimizer, memory_format, name_hardware_errors, resolve_amp
+from run.machine import (
+    choose_device,
+    has_fused_optimizer,
+    memory_format,
+    name_hardware_errors,
+    random_state,
+    resolve_amp,
+    restore_random_state,
+)
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -39,6 +47,20 @@ def test_mps_gets_neither_channels_last_nor_a_fused_optimizer():
     assert memory_format(MPS) is torch.contiguous_format and not has_fused_optimizer(MPS)
     for device in (CPU, torch.device("cuda")):
         assert memory_format(device) is torch.channels_last and has_fused_optimizer(device)
+
+
+def test_the_random_state_of_mps_is_saved_and_restored_only_there(monkeypatch):
+    now = [torch.tensor([1, 2], dtype=torch.uint8)]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: now[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", now.append)
+    on_cpu, on_mps = random_state(CPU), random_state(MPS)
+    assert set(on_cpu) == {"cpu", "cuda"} and set(on_mps) == {"cpu", "cuda", "mps"}
+    drawn = torch.rand(3)
+    restore_random_state(on_mps, CPU)
+    restore_random_state(on_cpu, MPS)  # of a run that was trained elsewhere
+    assert len(now) == 1 and torch.equal(torch.rand(3), drawn)
+    restore_random_state(on_mps, MPS)
+    assert len(now) == 2 and now[1] is on_mps["mps"]
 
 
 def test_full_memory_of_mps_is_named_as_that_of_a_gpu():
