@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     parser = Parser("bench.py", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure [all]")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... [auto]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add("--compile", action="store_true", help="use torch.compile in the training step of this project")
     add("--output", default="bench.json", metavar="FILE", help="results are saved here [bench.json]")
     return parser

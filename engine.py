@@ -17,7 +17,7 @@ from images.augment import resize
 from images.device_batches import DeviceBatches
 from model import Model
 from run.cli import UserError, progress_bar
-from run.machine import name_hardware_errors, resolve_amp
+from run.machine import memory_format, name_hardware_errors, resolve_amp
 
 CHECK_EVERY = 10  # steps between two checks of the loss
 
@@ -77,7 +77,7 @@ class Engine:
     ema: float = 0.0  # decay of the averaged weights, which are evaluated instead, 0: no average
 
     def __post_init__(self):
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device, memory_format=memory_format(self.device))
         self.criterion.to(self.device)
         self.average = None
         if self.ema:
@@ -94,7 +94,7 @@ class Engine:
 
     def forward(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) on this device, as `Model` takes them -> logits: (N, C) float32."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=memory_format(self.device))
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return model(images).float()
 
@@ -313,7 +313,7 @@ class RunningMetrics:
             return
         losses = torch.stack([loss for loss, _ in self._unchecked])
         copy = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=losses.is_cuda)
-        copy.copy_(losses, non_blocking=True)
+        copy.copy_(losses, non_blocking=losses.is_cuda)  # elsewhere nothing says when it has arrived
         arrived = torch.cuda.current_stream(losses.device).record_event() if losses.is_cuda else None
         self._in_flight = copy, arrived, [size for _, size in self._unchecked]
         self._unchecked = []

@@ -277,7 +277,7 @@ def _add_training_flags(group):
     )
     add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
     add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 ... [auto]")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add("--num_workers", type=number(int, low=0), metavar="N", help="loader processes [0 on a CPU, up to 8 on a GPU]")
     add(
         "--seed",

@@ -222,9 +222,6 @@ def prepare_process(args: argparse.Namespace) -> "torch.device":
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 / 129 stopped by Ctrl-C / SIGTERM / SIGHUP"""
-    for stream in (sys.stdout, sys.stderr):  # lines appear at once, also in a log; any file name can be printed
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     with Signals() as signals:
         return run_command(functools.partial(run, signals=signals), argv)
 

@@ -3,12 +3,14 @@
 import os
 import pickle
 import socket
+import tempfile
 import urllib.error
 
 import torch
 import torchvision
 
 from run.cli import UserError
+from run.surroundings import is_writable
 
 IMAGENET_WEIGHTS = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
 DOWNLOAD_TIMEOUT_S = 15
@@ -28,15 +30,20 @@ def resnet50(last_stride: int = 1) -> torchvision.models.ResNet:
 
 
 def imagenet_state_dict() -> dict[str, torch.Tensor]:
-    """torchvision's ImageNet weights, from its cache or else downloaded.
+    """torchvision's ImageNet weights, from its cache or else downloaded; for this run only if the cache is read-only.
 
     Raises UserError, within seconds, if there is neither the file nor a network.
     """
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(IMAGENET_WEIGHTS.url))
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    cached = os.path.join(folder, os.path.basename(IMAGENET_WEIGHTS.url))
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torch.hub sets none: behind a silent firewall it waits for minutes
     try:
-        return IMAGENET_WEIGHTS.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            if not os.path.exists(cached) and not is_writable(folder):
+                print(f"{folder} is not writable; the ImageNet weights are downloaded for this run only")
+                folder = temporary
+            return IMAGENET_WEIGHTS.get_state_dict(progress=True, check_hash=True, weights_only=True, model_dir=folder)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(
             f"--pretrained: the ImageNet weights are not at {cached} and cannot be downloaded ({error}); download "

@@ -23,6 +23,7 @@ from images.splits import check_folders_used, find_images, paths_by_split
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
 from run.cli import Damaged, UserError
 from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
+from run.machine import random_state, restore_random_state
 from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
 from schedule import Stage, last_stage_start, steps_before
@@ -213,7 +214,7 @@ def snapshot(
         "wandb_id": wandb_id,
         "splits": paths_by_split(splits),
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
-        "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng_state": random_state(engine.device),
     }
     return checkpoint["history"], checkpoint_bytes(checkpoint)
 
@@ -251,7 +252,7 @@ def restore(
         engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
             engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
-        torch.set_rng_state(checkpoint["rng_state"]["cpu"])
+        restore_random_state(checkpoint["rng_state"], engine.device)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise weights_do_not_fit(args.resume, error) from error
     where = f", after {epoch_state['images']} of its images" if epoch_state else ""
@@ -262,8 +263,6 @@ def restore(
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
         group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
-    if len(checkpoint["rng_state"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(checkpoint["rng_state"]["cuda"])
     best_metric, best_epoch = reconcile_best_model(checkpoint, args.resume, args.run_dir)
     return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), epoch_state
 

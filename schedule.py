@@ -12,6 +12,7 @@ import torch
 from dataset_double import ClassSampler, train_loader
 from images.folders import ImageIndex
 from run.cli import UserError
+from run.machine import has_fused_optimizer
 from utils import CrossEntropy, build_loss
 
 PROGRESSIVE_SHARES = (1 / 2, 3 / 4, 1)  # of the image size, a third of the epochs each
@@ -97,7 +98,10 @@ def build_optimizer(
     model: torch.nn.Module, args: argparse.Namespace, stages: list[Stage]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """-> AdamW, and its learning rate at each step; `--crt_epochs` have a schedule of their own."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    fused = has_fused_optimizer(next(model.parameters()).device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
+    )
     steps = [(stage.end - stage.start) * stage.steps(args.grad_accum) for stage in stages]
     joint, separate = (steps[:-1], steps[-1:]) if args.crt_epochs else (steps, [])
     warmup_steps = min(round(args.warmup_epochs * stages[0].steps(args.grad_accum)), sum(joint) // 2)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,14 @@ from run.cli import UserError, first_line
 from run.files import valid_text
 from run.progress import Progress
 from run.signals import Stopped
+from run.surroundings import is_writable, user_folder
 
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120  # for uploads that remain at the end; a server that is gone delays nobody for longer
 SWEEP_TIMEOUT_S = 10
 TABLE_IMAGE_SIZE = 224  # pixels
 PR_POINTS = 51  # per curve
+DELETED = "previously created and deleted"  # part of the server's answer
 
 
 class WandbRun:
@@ -50,9 +53,6 @@ class WandbRun:
             if args.wandb_id:
                 print("W&B: disabled; --wandb_id is only stored in the checkpoints (to log, add --wandb_mode online)")
             return
-        import wandb  # here: a run without W&B does not need it
-
-        self._wandb = wandb
         folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or run_dir)
         os.makedirs(folder, exist_ok=True)
         arguments = {
@@ -60,15 +60,20 @@ class WandbRun:
             "resume": args.wandb_resume,
             "dir": folder,
             "config": {**vars(args), "samples_per_cls": samples_per_cls},
-            "settings": self._settings(),
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep the agent sets both
             arguments |= {"project": args.wandb_project, "id": self.id}
         try:
-            self._run = self._start(args.wandb_mode, arguments)
-        except wandb.errors.UsageError as error:
-            flag = "--wandb_project" if "project name" in str(error) else "--wandb_id / --wandb_resume"
-            raise UserError(f"{flag}: {first_line(error)}") from error
+            _provide_folders(folder)
+            import wandb  # here: a run without W&B does not need it
+
+            self._wandb = wandb
+            self._run = self._start(args, arguments | {"settings": self._settings()})
+        except UserError:
+            raise
+        except Exception as error:  # whatever the client raises: of its import, of its process, of files
+            print(f"warning: W&B does not start ({first_line(error) or type(error).__name__}); continuing without it")
+            return
         self.id = self._run.id
         with self._never_stopping_the_training():
             # the epoch is the x axis of all charts, so that a resumed run continues its line
@@ -77,7 +82,9 @@ class WandbRun:
 
     def _settings(self):
         try:
-            settings = self._wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True)
+            settings = self._wandb.Settings(silent=True)
+            if "WANDB_INIT_TIMEOUT" not in os.environ:
+                settings.init_timeout = INIT_TIMEOUT_S
             if "WANDB_FINISH_TIMEOUT" not in os.environ:
                 settings.finish_timeout = FINISH_TIMEOUT_S
             settings.finish_timeout_raises = True
@@ -87,35 +94,58 @@ class WandbRun:
             raise UserError(f"W&B does not accept a WANDB_ variable of the environment: {reason}") from error
         return settings
 
-    def _start(self, mode, arguments):
-        why_offline = None
-        if mode == "online":
-            run, why_offline = self._start_online(arguments)
-        if mode == "offline" or why_offline:
-            if arguments["resume"] == "must":  # offline there is no server to ask whether the run exists
-                arguments["resume"] = "allow"
-            run = self._wandb.init(mode="offline", **arguments)
-            why = f" ({why_offline})" if why_offline else ""
-            print(f"W&B: offline{why}; the command to upload it is printed at the end")
-        else:
+    def _start(self, args, arguments):
+        """-> the run, offline if it cannot be online. Raises UserError for what was asked for and cannot be had."""
+        run, why_offline = None, ""
+        if args.wandb_mode == "online":
+            try:
+                run = self._start_online(arguments)
+            except UserError:
+                raise
+            except Exception as error:  # of the client, of its process, of its server
+                self._wandb.teardown()  # otherwise the id of the run that did not start counts as taken
+                if DELETED in str(error):
+                    run = self._start_anew(args, arguments)
+                why_offline = f" ({first_line(error) or type(error).__name__})"
+        if run:
             print(f"W&B: {run.url}")
+            return run
+        if arguments["resume"] == "must":  # offline there is no server to ask whether the run exists
+            arguments["resume"] = "allow"
+        with self._naming_refused_flags():
+            run = self._wandb.init(mode="offline", **arguments)
+        print(f"W&B: offline{why_offline}; the command to upload it is printed at the end")
         return run
 
     def _start_online(self, arguments):
-        """-> (run, None), or (None, reason)."""
-        wandb = self._wandb
         try:
-            if not wandb.login(prompt=False, verify=True):
-                return None, "no API key"
-        except wandb.errors.AuthenticationError:
-            return None, "the server did not accept the API key or did not answer"
+            if not self._wandb.login(prompt=False, verify=True):
+                raise ConnectionError("no API key")
+        except self._wandb.errors.AuthenticationError as error:
+            raise ConnectionError("the server did not accept the API key or did not answer") from error
+        with self._naming_refused_flags():
+            return self._wandb.init(mode="online", **arguments)
+
+    def _start_anew(self, args, arguments):
+        """Start a new run, as the server never takes the id of a deleted one again."""
+        if args.wandb_id or args.wandb_resume == "must":
+            raise UserError(f"--wandb_id: the run {self.id} was deleted from the server; omit it to log to a new run")
+        if "WANDB_SWEEP_ID" in os.environ:
+            raise ConnectionError("the run of this trial was deleted from the server")
+        print(f"W&B: the run {self.id} was deleted from the server; logging to a new run")
+        return self._wandb.init(mode="online", **arguments | {"id": secrets.token_hex(4), "resume": "never"})
+
+    @contextmanager
+    def _naming_refused_flags(self):
+        """Raise UserError where the client or its server refuses what a flag asks for."""
         try:
-            return wandb.init(mode="online", **arguments), None
-        except wandb.errors.UsageError:
+            yield
+        except self._wandb.errors.UsageError as error:
+            flags = {"project name": "--wandb_project", "Run ID": "--wandb_id", "resum": "--wandb_id / --wandb_resume"}
+            for words, flag in flags.items():
+                if words in str(error):
+                    raise UserError(f"{flag}: {first_line(error)}") from error
             raise
-        except wandb.errors.Error as error:
-            wandb.teardown()  # otherwise the id of the run that did not start counts as taken
-            return None, first_line(error)
 
     @contextmanager
     def _never_stopping_the_training(self):
@@ -254,6 +284,15 @@ class WandbRun:
         )
         (run,) = (run for run in sweep["runs"] if run["name"] == self.id)
         return run["shouldStop"] or run["stopped"]
+
+
+def _provide_folders(folder):
+    """Let the client keep its cache and what it uploads in the folder of the run if it cannot in the user's home."""
+    folders = {"CACHE": ("XDG_CACHE_HOME", ".cache"), "DATA": ("XDG_DATA_HOME", os.path.join(".local", "share"))}
+    for kind, place in folders.items():
+        usual = user_folder(*place)
+        if f"WANDB_{kind}_DIR" not in os.environ and not (usual and is_writable(usual)):
+            os.environ[f"WANDB_{kind}_DIR"] = os.path.join(folder, "wandb", kind.lower())
 
 
 def precision_recall_points(

@@ -21,6 +21,7 @@ from images.folders import ImageIndex, Paths, file_stat
 from run.cli import UserError, progress_bar
 from run.cores import num_cores
 from run.files import atomic_write
+from run.surroundings import user_folder
 
 FORMAT_VERSION = 2  # increase it when the cache's files change, or how a photograph becomes pixels
 CHUNK_BYTES = 256 * 2**20  # of pixels decoded at once, at most
@@ -28,13 +29,16 @@ SAVE_SECONDS = 30  # a process that is killed while filling the cache loses at m
 INDEX_FILE = "index.npz"
 
 
-def default_cache_dir() -> str:
-    """-> `$XDG_CACHE_HOME/skin-grading`, by default `~/.cache/skin-grading`."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "skin-grading")
+def default_cache_dir() -> str | None:
+    """-> `$XDG_CACHE_HOME/skin-grading`, by default `~/.cache/skin-grading`; None for a user without a home folder."""
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    return folder and os.path.join(folder, "skin-grading")
 
 
 def open_cache(args: argparse.Namespace) -> "ImageCache":
     folder = args.cache_dir or default_cache_dir()  # never inherited from a checkpoint: another user has another one
+    if not folder and not args.no_cache:
+        print("image cache: this user has no home folder; name a folder for it with --cache_dir")
     return ImageCache(None if args.no_cache else folder, args.image_size)
 
 

@@ -42,7 +42,8 @@ class DeviceBatches:
         return self._waited
 
     def _to_device(self, batch):
-        images, targets, *parameters = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        on_gpu = self.device.type == "cuda"  # MPS may read a batch after its memory has been used again
+        images, targets, *parameters = (tensor.to(self.device, non_blocking=on_gpu) for tensor in batch)
         return augment_batch(images, *parameters) if parameters else images, targets
 
     def _copied_ahead(self):

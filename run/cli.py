@@ -1,16 +1,18 @@
 """What every command shares: errors in one line, exit status, argument types, progress bars."""
 
 import argparse
+import ast
 import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 from run.log import end_logs, keep_in_log, log_scope
 from run.signals import Stopped
+from run.surroundings import launched_several_times, no_temporary_folder, prepare_surroundings
 
 
 class UserError(Exception):
@@ -26,12 +28,18 @@ def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) 
 
     argv: None for the command line of the process.
     """
+    prepare_surroundings(is_own_process=argv is None)  # before any file is opened
+    for stream in (sys.stdout, sys.stderr):  # lines appear at once, also in a log; any file name can be printed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(LossyStream(sys.stdout)))
         stack.enter_context(redirect_stderr(LossyStream(sys.stderr)))
         stack.callback(end_logs)
         stack.enter_context(log_scope())
         try:
+            if problem := launched_several_times() or no_temporary_folder():
+                raise UserError(problem)
             return run(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
             # an error raised in a loader worker arrives with the traceback of that process in front of its text
@@ -105,8 +113,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self.canonical(word) for word in words], namespace)
+        words = [self.canonical(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(plain_words(words, self._option_string_actions), namespace)
 
     def canonical(self, word: str) -> str:
         """--image-size=64 -> --image_size=64: a word of the command line with the name of its flag as it is defined."""
@@ -120,13 +128,48 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
+def plain_words(words: Sequence[str], options: Mapping[str, argparse.Action]) -> list[str]:
+    """A command line as the agent of a W&B sweep writes it -> as argparse reads it.
+
+    options: {option: its action}. `--flag=None` and `--flag None` are left out: the flag is not given.
+    `--flag=['a', 'b']` and `--flag "['a', 'b']"` become `--flag a b` if the flag takes several words.
+    """
+    plain, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        action = options.get(option)
+        if action is None or action.nargs == 0:
+            plain.append(word)
+            continue
+        takes_several = action.nargs not in (None, "?")
+        count = next((k for k, following in enumerate(rest) if following.startswith("--")), len(rest))
+        count = 0 if equals else count if takes_several else min(count, 1)
+        values, rest = [value] if equals else rest[:count], rest[count:]
+        if values == ["None"]:
+            continue
+        items = _items_of(values[0]) if takes_several and len(values) == 1 else None
+        plain += [option, *items] if items else [word] if equals else [option, *values]
+    return plain
+
+
+def _items_of(text):
+    """A list as Python prints it -> its items as text; None for any other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        return [str(item) for item in ast.literal_eval(text)]
+    except (ValueError, SyntaxError):
+        return None
+
+
 def number(
     cast: type, low: float = -math.inf, high: float = math.inf, below: float = math.inf, above: float = -math.inf
 ) -> Callable[[str], Any]:
     """An argparse type: a finite number, low <= number <= high, above < number < below."""
 
     def parse(text):
-        value = cast(text)
+        value = cast(text) if cast is not int else _whole_number(text)
         if not (math.isfinite(value) and low <= value <= high and above < value < below):
             bounds = {"at least": low, "at most": high, "below": below, "above": above}
             expected = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
@@ -135,6 +178,16 @@ def number(
 
     parse.__name__ = cast.__name__
     return parse
+
+
+def _whole_number(text):
+    """32, or 32.0 as the agent of a W&B sweep writes it. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
 
 
 def regex(text: str) -> str:

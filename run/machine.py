@@ -2,8 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -11,9 +12,11 @@ from run.cli import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """`--device` -> the device; auto: a GPU where there is one. Raises UserError if it is not available."""
+    """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
+    tests = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        chosen = next(kind for kind, is_available in tests.items() if is_available()) if name == "auto" else name
+        device = torch.device(chosen)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device: {name} is not available here: {str(error).splitlines()[0]}") from error
@@ -32,6 +35,31 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     if device.type == "cpu" and _cpu_computes_bf16():
         return torch.bfloat16
     return None
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """-> channels last, which is faster; not on MPS, whose batch normalization raises for it in many versions."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether AdamW is one kernel there in every version of torch that this project supports."""
+    return device.type in ("cpu", "cuda")
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """-> `rng_state` of a checkpoint: of the CPU, of each GPU, and of MPS if that is the device."""
+    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return state | {"mps": torch.mps.get_rng_state()} if device.type == "mps" else state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """state: by `random_state`, perhaps on another machine, whose GPUs or MPS are then left as they are."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def _cpu_computes_bf16():
@@ -63,7 +91,7 @@ def name_hardware_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or reason.startswith("MPS backend out of memory"):
             raise UserError(
                 "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
                 f"steps ({reason})"

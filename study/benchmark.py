@@ -34,7 +34,7 @@ from model import Model
 from run.cli import progress_bar
 from run.cores import num_cores
 from run.files import write_json
-from run.machine import resolve_amp
+from run.machine import has_fused_optimizer, memory_format, resolve_amp
 from study.benchmark_reference import (
     reference_input_rate,
     reference_process,
@@ -87,7 +87,7 @@ def describe_machine(device: torch.device) -> dict:
         "cpu": cpu,
         "cores": num_cores(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -187,10 +187,10 @@ def measure_step(device: torch.device, compile: bool) -> dict:
     steps = GPU_STEPS if device.type == "cuda" else CPU_STEPS
     amp_dtype = resolve_amp("auto", device)
     engine = Engine(Model(NUM_CLASSES), CBLoss(SAMPLES_PER_CLS), device, amp_dtype, clip_grad=1.0, compile=compile)
-    engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-4, fused=True)
+    engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-4, fused=has_fused_optimizer(device))
     engine.scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
     images = torch.randint(0, 256, (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format(device))
     targets = torch.arange(BATCH_SIZE, device=device) % NUM_CLASSES
 
     def train(steps):

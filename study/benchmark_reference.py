@@ -43,6 +43,8 @@ def wait_for_device(device: torch.device) -> None:
     """Wait until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def reference_input_rate(folder: Path, device: torch.device, batch_size: int, image_size: int) -> float:

@@ -80,7 +80,7 @@ class Search:
         if config.metric in BEST_METRICS and "best_metric" not in on_command_line:
             self.main_flags = ["--best_metric", config.metric, *main_flags]
         self.constants = self._check_flags()
-        self.epochs = config.highest("epochs") or self.constants.epochs
+        self.epochs = int(config.highest("epochs", self.constants.epochs))
         self.points = config.grid()
         num_trials = args.trials or config.content.get("run_cap") or (len(self.points) if self.points else 20)
         self.num_trials = min(num_trials, len(self.points)) if self.points else num_trials  # each point once

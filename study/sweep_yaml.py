@@ -42,7 +42,7 @@ DISTRIBUTIONS = {
     "log_normal": (set(), {"mu", "sigma"}),
     "q_log_normal": (set(), {"mu", "sigma", "q"}),
 }
-PROGRAM, ARGS = "${program}", ("${args}", "${args_no_boolean_flags}")
+PROGRAM, ARGS, NO_FALSE = "${program}", ("${args}", "${args_no_equals}"), "${args_no_boolean_flags}"
 VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 QUANTILES = optuna.distributions.FloatDistribution(1e-6, 1 - 1e-6)  # of normal distributions, whose range is infinite
 
@@ -97,7 +97,7 @@ class Parameter:
         if not isinstance(values, list) or not values:
             raise UserError(f"parameters.{self.name}.values: expected a list, not {values!r}")
         for value in values:
-            if value != value or not isinstance(value, (str, int, float, list)):
+            if value != value or not isinstance(value, (str, int, float, list, type(None))):
                 raise UserError(f"parameters.{self.name}.values: {value!r} cannot be the value of a flag")
         if shares is None:
             return
@@ -222,10 +222,10 @@ class SweepConfig:
         combinations = itertools.product(*(p.grid() for p in searched))
         return [dict(zip((p.name for p in searched), values, strict=True)) for values in combinations]
 
-    def highest(self, name: str) -> Any:
-        """-> the highest value of a searched parameter, None if it is not searched."""
+    def highest(self, name: str, default: float) -> float:
+        """-> the highest value of a searched parameter. default: of main.py's flag, also where it is not searched."""
         chosen = [p for p in self.parameters if p.name == name and p.distribution is not None]
-        return max(chosen[0].samples()) if chosen else None
+        return max(default if value is None else float(value) for value in chosen[0].samples()) if chosen else default
 
     def sampler(self, seeds: int | Sequence[int] | None) -> optuna.samplers.BaseSampler:
         """seeds: numbers that decide what is drawn, or None."""
@@ -249,7 +249,10 @@ class SweepConfig:
         """{parameter: value} -> the command line of main.py after the program, in the order of `command`."""
         words = []
         for word in _words_after_program(self.content.get("command")):
-            words += self.flags_of(values) if word in ARGS else [VARIABLE.sub(lambda m: os.environ[m[1]], word)]
+            if word in (*ARGS, NO_FALSE):
+                words += self.flags_of({k: v for k, v in values.items() if v is not False or word != NO_FALSE})
+            else:
+                words.append(VARIABLE.sub(lambda m: os.environ[m[1]], word))
         return words
 
     @staticmethod
@@ -276,7 +279,7 @@ def _words_after_program(command):
             if name not in os.environ:
                 raise UserError(f"command: the environment variable {name} is not set")
         unknown = re.search(r"\$\{[^}]*\}?", VARIABLE.sub("", word))
-        if unknown and word not in ARGS:
+        if unknown and word not in (*ARGS, NO_FALSE):
             raise UserError(f"command: {unknown[0]} is not supported by search.py")
     return words
 

@@ -51,7 +51,12 @@ class Sweeping:
 
 
 def test_two_agents_share_the_trials_of_a_sweep(tmp_path, data_dir, server):
-    sweeping = Sweeping(tmp_path, data_dir, server, epochs=2)
+    values = {
+        "augmentation_methods": {"value": ["rotation", "shift"]},
+        "target_samples_per_class": {"value": None},
+        "grad_accum": {"value": 2.0},
+    }
+    sweeping = Sweeping(tmp_path, data_dir, server, epochs=2, **values)
     agents = [sweeping.agent() for _ in range(2)]
     for agent in agents:
         agent.communicate(timeout=240)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main
 
+from model import load_checkpoint
 from run.files import read_rows
 
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
@@ -133,6 +134,57 @@ def test_with_a_wrong_key_the_run_is_offline(tmp_path, data_dir, server):
     done = run_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--run_dir", tmp_path / "run", **env)
     assert done.returncode == 0, done.stderr
     assert "did not accept the API key" in done.stdout and "wandb sync" in done.stdout and not server.runs
+
+
+def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path, data_dir, server):
+    env, run_dir = {"cwd": tmp_path, **server.environment}, tmp_path / "run"
+    env["WANDB_INIT_TIMEOUT"] = "3"  # the client tries again for as long
+    assert run_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", run_dir, **env).returncode == 0
+    (deleted,) = server.runs
+    server.delete(deleted)
+    again = ["--resume", run_dir / "last_model.pth", "--epochs", 3]
+    for flags in (["--wandb_id", deleted], ["--wandb_resume", "must"]):
+        done = run_thin_main(*again, *flags, **env)
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and line.startswith("error: --wandb_id") and deleted in line
+    done = run_thin_main(*again, **env)
+    assert done.returncode == 0, done.stderr
+    ((name, run),) = server.runs.items()
+    assert name != deleted and run.epochs == [0, 1, 2] and "wandb sync" not in done.stdout
+    assert f"W&B: the run {deleted} was deleted from the server; logging to a new run" in done.stdout
+    assert load_checkpoint(run_dir / "last_model.pth")["wandb_id"] == name
+
+
+@pytest.mark.parametrize(
+    "environment, line",
+    [
+        ({"WANDB_API_KEY": "not a key"}, "W&B: offline ("),
+        # the client raises RuntimeError where it looks for its settings, or does not find a place for its files
+        (
+            {"WANDB_CONFIG_DIR": "~nobody-of-this-name"},
+            "warning: W&B does not start (Could not determine home directory",
+        ),
+        ({"HOME": os.devnull, "XDG_CACHE_HOME": None}, "W&B: http"),
+    ],
+)
+def test_whatever_the_client_raises_the_training_goes_on(tmp_path, data_dir, server, environment, line):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 1, "--run_dir", tmp_path / "run"]
+    done = run_thin_main(*flags, cwd=tmp_path, **{**server.environment, **environment})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "results.json").exists()
+    assert len([text for text in done.stdout.splitlines() if text.startswith(line)]) == 1
+    assert "W&B has failed" not in done.stdout and "Traceback" not in done.stderr and not list(tmp_path.glob("~*"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--wandb_project", "a/b"], ["--wandb_id", "a/b"], ["--wandb_id", "absent", "--wandb_resume", "must"]]
+)
+def test_what_was_asked_for_and_cannot_be_had_is_one_error_line(tmp_path, data_dir, server, flags):
+    start = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
+    done = run_thin_main(*start, *flags, cwd=tmp_path, **server.environment)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {flags[0]}")
 
 
 def offline_records(folder):

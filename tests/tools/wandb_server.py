@@ -92,6 +92,7 @@ class WandbServer:
 
     def __init__(self):
         self.runs, self.sweeps, self.artifacts, self.uploads, self.unknown = {}, {}, {}, {}, []
+        self.deleted = set()  # names of runs, which are never taken again
         self.hanging, self.lock = False, threading.RLock()
         self._handler = type("Handler", (Handler,), {"server_state": self})
         self._http = None
@@ -144,6 +145,8 @@ class WandbServer:
 
     def do_UpsertBucket(self, variables):
         name = variables.get("name") or (variables.get("id") or "").removeprefix("id-")
+        if name in self.deleted:
+            raise FileExistsError(f"run {ENTITY}/{name} was previously created and deleted; try a new run name")
         inserted = name not in self.runs
         project = variables.get("project") or "uncategorized"
         run = self.runs.setdefault(name, ServerRun(name, project))
@@ -156,6 +159,12 @@ class WandbServer:
         if inserted or run.state in ENDED:
             run.state, run.starts, run.preempting = "running", run.starts + 1, False
         return {"upsertBucket": {"bucket": run.as_answer(), "inserted": inserted}}
+
+    def delete(self, name):
+        """Delete a run, as on the web page."""
+        with self.lock:
+            del self.runs[name]
+            self.deleted.add(name)
 
     def do_RunResumeStatus(self, variables):
         run = self.runs.get(variables["name"])
@@ -348,6 +357,8 @@ class Handler(BaseHTTPRequestHandler):
             self._reply({"data": server.answer(operation, request.get("variables") or {})})
         except KeyError as error:
             self._reply({"errors": [{"message": f"not found: {operation} {error}"}]})
+        except FileExistsError as error:
+            self._reply({"errors": [{"message": str(error)}]}, 409)
 
     def _key(self):
         kind, _, encoded = (self.headers.get("Authorization") or "").partition(" ")

@@ -1,6 +1,11 @@
 """The network is torchvision's except for one stride, and its ImageNet weights come from the cache or the network."""
 
+import email.message
+import io
+import os
+import re
 import urllib.error
+import urllib.response
 
 import pytest
 import torch
@@ -51,6 +56,23 @@ def test_without_network_and_file_the_error_says_what_to_do(monkeypatch, tmp_pat
     with pytest.raises(UserError, match="--weights FILE") as caught:
         resnet_custom.imagenet_state_dict()
     assert "--no-pretrained" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_are_downloaded_for_one_run_where_they_cannot_be_kept(monkeypatch, tmp_path, networks, capsys):
+    """A container whose user has no home folder."""
+    source = tmp_path / "weights.pth"
+    torch.save(networks[1].state_dict(), source)
+    monkeypatch.setenv("TORCH_HOME", os.devnull)
+    monkeypatch.setattr(
+        "urllib.request.OpenerDirector.open",
+        lambda *args, **kwargs: urllib.response.addinfourl(
+            io.BytesIO(source.read_bytes()), email.message.Message(), ""
+        ),
+    )
+    monkeypatch.setattr("torch.hub.HASH_REGEX", re.compile("(?!)"))  # the name has the hash of other weights
+    state_dict = resnet_custom.imagenet_state_dict()
+    assert torch.equal(state_dict["fc.weight"], networks[1].state_dict()["fc.weight"])
+    assert "for this run only" in capsys.readouterr().out
 
 
 def test_imagenet_weights_in_the_cache_need_no_network(monkeypatch, tmp_path, networks):

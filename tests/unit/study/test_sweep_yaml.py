@@ -5,7 +5,9 @@ import math
 import numpy as np
 import optuna
 import pytest
+import yaml
 from helpers import ROOT
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from flags import build_parser
 from run.cli import UserError
@@ -86,6 +88,34 @@ def test_the_sweep_of_the_project_is_read():
     assert isinstance(config.pruner(30), optuna.pruners.HyperbandPruner)
     flags = config.flags({"learning_rate": 0.1, "use_augmentation": True})
     assert flags == ["--data_dirs", "data", "--learning_rate=0.1", "--use_augmentation=True"]
+
+
+@pytest.mark.parametrize("macro", ["args", "args_no_equals", "args_no_boolean_flags"])
+def test_main_reads_the_same_from_a_search_as_from_the_agent_of_a_sweep(tmp_path, macro):
+    parameters = {
+        "augmentation_methods": {"values": [["rotation", "shift"], ["shear"]]},
+        "target_samples_per_class": {"values": [None, 50]},
+        "weights": {"value": None},
+        "batch_size": {"value": 32.0},
+        "epochs": {"values": [8.0, 4.0]},
+        "wandb_name": {"value": "두 단어"},
+        "use_augmentation": {"values": [True, False]},
+        "pretrained": {"value": False},
+    }
+    content = {
+        "method": "grid",
+        "metric": {"name": "val_loss"},
+        "parameters": parameters,
+        "command": ["${env}", "python", "${program}", "--data_dirs", "data", f"${{{macro}}}"],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    config, parser = read_sweep(tmp_path / "sweep.yaml", parameters), build_parser()
+    assert config.highest("epochs", 100) == 8 and config.highest("seed", 3) == 3 and len(config.grid()) == 16
+    for point in config.grid():
+        values = {p.name: p.value(point.get(p.name)) for p in config.parameters}
+        agent = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
+        words = config.flags(values)
+        assert vars(parser.parse_args(words)) == vars(parser.parse_args(["--data_dirs", "data", *agent[macro]]))
 
 
 def test_what_is_not_a_sweep_is_refused_with_the_name_of_the_file(tmp_path):
