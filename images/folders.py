@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from images.formats import HEIF_EXTENSIONS, image_extensions
 from run.cli import UserError
 from run.folder import check_is_folder
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_LISTED = 20  # classes, in a warning
 
 
 class Paths(Sequence):
@@ -123,19 +124,22 @@ def index_folders(
     Hidden files and folders are skipped. classes: the only classes allowed (those of the training images or of a
     checkpoint); each needs an image unless `allow_missing`. Raises UserError, naming `flag`, for any other layout.
     """
-    found, skipped = {}, Counter()
+    found, skipped, unread, extensions = {}, Counter(), Counter(), image_extensions()
     for folder in folders:
         for name, class_folder in _class_folders(folder, flag):
             images = found.setdefault(name, [])
             for path in _files_below(class_folder):
                 extension = os.path.splitext(path)[1].lower()
-                if extension in IMAGE_EXTENSIONS:
+                if extension in extensions:
                     images.append(path)
+                elif extension in HEIF_EXTENSIONS:
+                    unread[name] += 1
                 else:
                     skipped[extension or "no extension"] += 1
     if skipped:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
         print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
+    _warn_of_heif(unread, flag)
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
     names = list(classes) if classes is not None else names
@@ -144,13 +148,25 @@ def index_folders(
     return ImageIndex(paths, targets, names)
 
 
+def _warn_of_heif(unread, flag):
+    """unread: {class: number of photographs that need pillow-heif}."""
+    if unread:
+        counts = [f"class {name}: {unread[name]}" for name in sorted(unread, key=natural_key)]
+        if len(counts) > MAX_LISTED:
+            counts[MAX_LISTED:] = [f"{len(counts) - MAX_LISTED} more classes"]
+        print(
+            f"warning: {flag}: {sum(unread.values())} HEIC photographs are left out ({', '.join(counts)}); to read "
+            "them, install the package pillow-heif: pip install pillow-heif"
+        )
+
+
 def _class_folders(folder, flag):
     """-> [(class name, its folder)]. Names are compared in composed form (NFC), as macOS decomposes them."""
     check_is_folder(folder, flag)
     folder = Path(folder)
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     class_folders = [(unicodedata.normalize("NFC", entry.name), entry) for entry in entries if entry.is_dir()]
-    loose = sum(entry.suffix.lower() in IMAGE_EXTENSIONS for entry in entries if entry.is_file())
+    loose = sum(entry.suffix.lower() in image_extensions() for entry in entries if entry.is_file())
     if not class_folders:
         problem = "contains images, not class folders: pass its parent folder" if loose else "contains no class folders"
         raise UserError(f"{flag}: {folder} {problem} (expected {folder}/CLASS/image.jpg)")

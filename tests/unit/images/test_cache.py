@@ -19,7 +19,7 @@ from PIL import Image
 import images.cache
 from dataset_double import DoubleSkinDataset
 from images.cache import CacheIndex, CacheWriter, ImageCache, read_all
-from images.decode import read_image
+from images.decode import FACTS, read_image
 from images.folders import ImageIndex, Paths, file_stat, index_folders
 from run.cli import UserError
 
@@ -38,7 +38,8 @@ def fill(folder, photos, size=SIZE):
     """-> (cache, rows, reasons)."""
     cache = ImageCache(folder, size)
     stats = np.array([file_stat(photo) for photo in photos])
-    return cache, *cache.fill(Paths(photos), stats)
+    rows, _, reasons = cache.fill(Paths(photos), stats)
+    return cache, rows, reasons
 
 
 def garble(path):
@@ -191,7 +192,7 @@ def test_rows_of_a_killed_writer_are_never_read(tmp_path, photos):
     os.truncate(pixel_file(tmp_path / "cache"), 3 * ROW)
     index = CacheIndex(cache.folder, (0, SIZE, SIZE, 3))
     writer = CacheWriter(index, 9, writable=True)
-    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 3), np.int64))
+    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 3), int), np.zeros(9, FACTS))
     writer._file.flush()
     assert pixel_file(tmp_path / "cache").stat().st_size == 12 * ROW
     cache, rows, _ = fill(tmp_path / "cache", photos)
@@ -226,13 +227,13 @@ def test_a_process_stopped_while_filling_loses_only_seconds_of_work(tmp_path, nu
     process.send_signal(number)
     process.communicate()
     assert process.returncode != 0
-    kept = len(CacheIndex(tmp_path / "cache" / "16px_v2", (0, SIZE, SIZE, 3)))
+    kept = len(CacheIndex(tmp_path / "cache" / "16px_v3", (0, SIZE, SIZE, 3)))
     assert 0 < kept < 400
     cache, rows, reasons = fill(tmp_path / "cache", photos)
     assert not reasons
     check_pixels(cache, rows, photos)
     assert pixel_file(tmp_path / "cache").stat().st_size == 400 * ROW
-    assert {path.suffix for path in (tmp_path / "cache" / "16px_v2").iterdir()} == {"", ".npz", ".pixels"}
+    assert {path.suffix for path in (tmp_path / "cache" / "16px_v3").iterdir()} == {"", ".npz", ".pixels"}
 
 
 def test_processes_that_fill_the_cache_at_once_do_not_disturb_each_other(tmp_path):
@@ -273,7 +274,7 @@ def test_a_full_disk_gets_its_space_back_and_images_are_decoded_on_use(tmp_path,
 def test_nothing_is_written_if_the_disk_has_no_room_for_all_images(tmp_path, photos, capsys):
     index = CacheIndex(tmp_path, (0, SIZE, SIZE, 3))
     writer = CacheWriter(index, 10**15, writable=True)
-    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 3), np.int64))
+    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 3), int), np.zeros(1, FACTS))
     assert "MB are needed" in capsys.readouterr().out and not list(tmp_path.glob("*.pixels"))
 
 
@@ -296,7 +297,7 @@ def public_folder():
 def test_a_read_only_cache_is_used_and_left_unchanged(public_folder):
     photos = list(map(str, write_images(public_folder / "photos", 12)))
     fill(public_folder / "cache", photos[:8])
-    folder = public_folder / "cache" / "16px_v2"
+    folder = public_folder / "cache" / "16px_v3"
     for path in [*folder.iterdir(), folder]:
         path.chmod(0o555)
 
