@@ -31,8 +31,8 @@ MAX_ASPECT = 1.5  # longer side divided by the shorter; a warning if the median 
 MAX_LISTED = 5  # images, in a warning
 PROBLEMS = {
     ONE_COLOR: "of a single color, which may be damaged",
-    TOO_DARK: "of more than 8 bits in which white is not stated and even the brightest pixel is dark; if their values "
-    "have only 10, 12 or 14 bits, save them with 8, or with the TIFF tag MaxSampleValue",
+    TOO_DARK: "of more than 8 bits with values only in the darkest quarter; if they have 10, 12 or 14 bits, save them "
+    "with 8, or state it in the TIFF tag MaxSampleValue or the PNG chunk sBIT",
 }
 
 
@@ -86,7 +86,7 @@ def _warn_of_odd_images(paths, facts, resize):
             listed = ", ".join(paths[i] for i in positions[:MAX_LISTED])
             more = f" and {positions.size - MAX_LISTED} more" if positions.size > MAX_LISTED else ""
             images = "1 image" if positions.size == 1 else f"{positions.size} images"
-            print(f"warning: {images} {problem}: {listed}{more}")
+            print(f"warning: {images} {problem} ({listed}{more})")
     aspects = facts["aspect"][facts["aspect"] > 0]
     if resize == "stretch" and aspects.size and (median := float(np.median(aspects))) > MAX_ASPECT:
         print(

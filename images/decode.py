@@ -103,8 +103,9 @@ def _open(source):
     try:
         return Image.open(source)
     except UnidentifiedImageError:
-        if not _register_heif():
+        if not can_read_heif():
             raise
+        _register_heif()
         if not isinstance(source, (str, Path)):
             source.seek(0)
         return Image.open(source)
@@ -112,12 +113,10 @@ def _open(source):
 
 @functools.cache
 def _register_heif():
-    """-> whether Pillow can read HEIC now. In every process that meets one, also in a loader worker."""
-    if can_read_heif():
-        import pillow_heif
+    """Once in each process that meets a HEIC photograph, as loader workers do."""
+    import pillow_heif
 
-        pillow_heif.register_heif_opener()
-    return can_read_heif()
+    pillow_heif.register_heif_opener()
 
 
 def _rawmode(args: Any) -> str:
@@ -173,8 +172,11 @@ def _to_square(image, size, resize):
 
 
 def _is_one_color(pixels):
-    """A few pixels tell nearly always that it is not."""
-    return all(np.ptp(sample.reshape(-1, 3), axis=0).max() <= SAME_COLOR for sample in (pixels[::16, ::16], pixels))
+    step = max(1, len(pixels) // 4)
+    first, *others = pixels[::step, ::step].reshape(-1, 3).tolist()  # a few pixels tell nearly always
+    if any(abs(a - b) > SAME_COLOR for color in others for a, b in zip(color, first, strict=True)):
+        return False
+    return bool(np.ptp(pixels.reshape(-1, 3), axis=0).max() <= SAME_COLOR)
 
 
 def read_image(path: str | Path, size: int, resize: str = "stretch") -> np.ndarray:

@@ -31,10 +31,26 @@ PIXEL_TAGS = {
 def turn_upright(image: Image.Image) -> Image.Image:
     """Turn a loaded image by its EXIF orientation, which counts as 1 (upright) where it cannot be read."""
     try:
-        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+        orientation = image.getexif().get(ORIENTATION)
+        if orientation is None and "exif" in image.info:
+            orientation = _orientation_in(image.info["exif"])
+        method = UPRIGHT.get(orientation)
     except Exception:  # on malformed EXIF or XMP, Pillow raises nearly anything
         return image
     return image if method is None else image.transpose(method)
+
+
+def _orientation_in(exif):
+    """The orientation in EXIF of which Pillow stops reading at a malformed entry before it."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(f"{order}L", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind, length, value = struct.unpack_from(f"{order}HHLH", exif, place)
+        if (tag, kind, length) == (ORIENTATION, 3, 1):
+            return value
+    return None
 
 
 def copies_without_metadata(path: str | Path) -> Iterator[io.BytesIO]:
@@ -66,8 +82,9 @@ def _strip_jpeg(content, keep_useful):
             continue
         end = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
         segment = content[start:end]
-        is_metadata = (0xE0 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE  # 0xEE: Adobe's color transform
-        is_useful = segment.startswith((b"Exif\0", b"ICC_PROFILE\0", b"JFIF\0"), 4)
+        is_color_transform = segment.startswith(b"Adobe", 4) and len(segment) >= 16
+        is_metadata = (0xE0 <= marker <= 0xEF or marker == 0xFE) and not is_color_transform
+        is_useful = segment.startswith((b"Exif\0", b"ICC_PROFILE\0"), 4)
         if not is_metadata or (keep_useful and is_useful):
             kept.append(segment)
         start = end
