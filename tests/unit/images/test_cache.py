@@ -19,7 +19,7 @@ from PIL import Image
 import images.cache
 from dataset_double import DoubleSkinDataset
 from images.cache import CacheIndex, CacheWriter, ImageCache, read_all
-from images.decode import FACTS, read_image
+from images.decode import FACTS, ONE_COLOR, read_image
 from images.folders import ImageIndex, Paths, file_stat, index_folders
 from run.cli import UserError
 
@@ -371,3 +371,62 @@ def test_an_index_of_only_broken_images_is_rejected_even_with_skip_broken(tmp_pa
     index = ImageIndex([str(tmp_path / "0" / "x.png")], np.array([0]), ["0", "1"])
     with pytest.raises(UserError, match=r"x\.png"):
         read_all({"test": index}, ImageCache(None, 32), skip_broken=True)
+
+
+def read_twice(folder, cache_dir, capsys, **options):
+    """-> warnings of the first and of the second run."""
+    printed = []
+    for _ in range(2):
+        read_all({"data": index_folders([folder])}, ImageCache(cache_dir, 32, **options), False)
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")])
+    return printed
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_odd_images_are_listed_also_when_they_are_cached(tmp_path, cached, capsys):
+    write_class_folders(tmp_path / "data", {"0": 4, "1": 4})
+    for number in range(9):
+        Image.new("RGB", (40, 40), "white").save(tmp_path / "data" / "0" / f"white_{number}.png")
+    dark = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
+    Image.fromarray(dark).save(tmp_path / "data" / "1" / "12_bits.png")
+    for warnings in read_twice(tmp_path / "data", tmp_path / "cache" if cached else None, capsys):
+        one_color, too_dark = warnings
+        assert "9 images of a single color" in one_color and "white_0.png" in one_color
+        assert "white_5.png" not in one_color and "and 4 more" in one_color
+        assert "1 image of more than 8 bits" in too_dark and "12_bits.png" in too_dark
+
+
+def test_facts_stay_with_their_images_when_rows_are_dropped(tmp_path, capsys):
+    photos = list(map(str, write_images(tmp_path / "photos", 9)))
+    Image.new("RGB", (90, 30), "white").save(photos[8])
+    fill(tmp_path / "cache", photos)
+    for photo in photos[:7]:
+        os.remove(photo)
+    (added,) = map(str, write_images(tmp_path / "more", 1, seed=9))
+    now = [photos[7], photos[8], added]
+    for _ in range(2):
+        stats = np.array([file_stat(photo) for photo in now])
+        _, facts, _ = ImageCache(tmp_path / "cache", SIZE).fill(Paths(now), stats)
+        assert facts["notes"].tolist() == [0, ONE_COLOR, 0]
+        assert np.allclose(facts["aspect"], [1.2, 3, 1.2])
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+def test_stretching_long_images_is_worth_a_warning(tmp_path, resize, capsys):
+    write_images(tmp_path / "data" / "0", 4, suffix=".jpg", size=(80, 40))
+    write_images(tmp_path / "data" / "1", 3, suffix=".jpg", size=(40, 40))
+    for warnings in read_twice(tmp_path / "data", tmp_path / "cache", capsys, resize=resize):
+        assert [("2.00 times" in line and "--resize" in line) for line in warnings] == [True] * (resize == "stretch")
+    write_images(tmp_path / "data" / "1", 6, suffix=".jpg", size=(40, 40))
+    assert read_twice(tmp_path / "data", tmp_path / "cache", capsys, resize=resize) == [[], []]
+
+
+def test_each_way_to_resize_has_its_own_files(tmp_path, photos):
+    for resize in ("stretch", "crop", "pad"):
+        cache = ImageCache(tmp_path, SIZE, resize)
+        rows, _, _ = cache.fill(Paths(photos), np.array([file_stat(photo) for photo in photos]))
+        assert all(
+            np.array_equal(cache.pixels[row], read_image(photo, SIZE, resize))
+            for row, photo in zip(rows, photos, strict=True)
+        )
+    assert len(list(tmp_path.glob("*/*.pixels"))) == 3
