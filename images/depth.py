@@ -35,6 +35,8 @@ class Depth:
         elif image.format == "PNG":
             bits = max(_significant_bits(image.fp), default=None)
             self.white, self._may_be_scaled = bits and 2**bits - 1, bits is not None and bits < 16
+        elif image.mode == "F":
+            self.white = None
 
     def _read_tags(self, tags, is_gray):
         bits, kind = _first(tags, BITS_PER_SAMPLE), _first(tags, SAMPLE_FORMAT)

@@ -166,7 +166,8 @@ def _class_folders(folder, flag):
     folder = Path(folder)
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     class_folders = [(unicodedata.normalize("NFC", entry.name), entry) for entry in entries if entry.is_dir()]
-    loose = sum(entry.suffix.lower() in image_extensions() for entry in entries if entry.is_file())
+    extensions = image_extensions()
+    loose = sum(entry.suffix.lower() in extensions for entry in entries if entry.is_file())
     if not class_folders:
         problem = "contains images, not class folders: pass its parent folder" if loose else "contains no class folders"
         raise UserError(f"{flag}: {folder} {problem} (expected {folder}/CLASS/image.jpg)")
