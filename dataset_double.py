@@ -27,15 +27,15 @@ class DoubleSkinDataset(Dataset):
     [i] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> a batch.
     """
 
-    def __init__(self, index: ImageIndex, image_size: int):
-        self.index, self.image_size = index, image_size
+    def __init__(self, index: ImageIndex, image_size: int, resize: str = "stretch"):
+        self.index, self.image_size, self.resize = index, image_size, resize
 
     def read(self, i: int) -> np.ndarray:
         """-> (image_size, image_size, 3) uint8, read-only if it is in the cache."""
         row = self.index.cache_rows[i]
         if row >= 0 and self.index.cache.pixels is not None:
             return self.index.cache.pixels[row]
-        return read_image(self.index.paths[i], self.image_size)
+        return read_image(self.index.paths[i], self.image_size, self.resize)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         images, targets = self.__getitems__([i])
@@ -186,7 +186,7 @@ def train_loader(
     index: ImageIndex, args: argparse.Namespace, device: torch.device, *, use_augmentation: bool, sampling: str
 ) -> DataLoader:
     """Batches of the training images. use_augmentation, sampling: those of a stage, which may differ from `args`."""
-    train_set = DoubleSkinDataset(index, args.image_size)
+    train_set = DoubleSkinDataset(index, args.image_size, args.resize)
     if use_augmentation or args.augment_all or sampling != "instance":
         target = args.target_samples_per_class if use_augmentation else 1  # 1: no copies
         methods, on_device = args.augmentation_methods, device.type == "cuda"
@@ -199,7 +199,7 @@ def train_loader(
 
 def eval_loader(index: ImageIndex, args: argparse.Namespace, device: torch.device) -> DataLoader:
     """Every image in the order of the index, in larger batches, as evaluation needs no memory for gradients."""
-    return _loader(DoubleSkinDataset(index, args.image_size), 2 * args.batch_size, args, device)
+    return _loader(DoubleSkinDataset(index, args.image_size, args.resize), 2 * args.batch_size, args, device)
 
 
 def _loader(dataset, batch_size, args, device, sampler=None):

@@ -28,6 +28,7 @@ WEIGHTED_LOSSES = ("cb", "weighted_ce", "ldam")  # their class weights are what 
 CB_FORMS = ("softmax", "sigmoid")
 SAMPLINGS = ("instance", "balanced", "sqrt", "progressive")
 AUGMENTATIONS = ("horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter")
+RESIZES = ("stretch", "crop", "pad")
 AMP_MODES = ("auto", "off", "bf16", "fp16")
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -92,6 +93,12 @@ def _add_data_flags(group):
         default=224,
         metavar="N",
         help="images are resized to N x N pixels [224]",
+    )
+    add(
+        "--resize",
+        choices=RESIZES,
+        default="stretch",
+        help="stretch both sides, crop the square in the middle, or pad with black [stretch]",
     )
     add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
     add("--cache_dir", metavar="DIR", help="folder for decoded images [~/.cache/skin-grading]")

@@ -30,6 +30,7 @@ CHECKPOINT_TYPES = {
     "classes": list, "samples_per_cls": list, "args": dict, "wandb_id": (str, type(None)),
     "splits": dict, "file_sizes": dict,  # {split: [N paths]}, {split: (N,) int64 tensor of bytes}
     "rng_state": dict,
+    "decoder_version": int,  # of the training images, see images/decode.py
 }  # fmt: skip
 
 
@@ -154,6 +155,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict:
     """Raises Damaged if the file is not as it was written, UserError if it cannot be read or is not a checkpoint."""
     checkpoint = read_torch_file(path, flag)
+    if isinstance(checkpoint, dict):
+        checkpoint.setdefault("decoder_version", 1)  # that of older checkpoints, which do not say it
     if key := _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {}):
         raise UserError(f"{flag}: {path} is not a checkpoint of this version: its {key!r} is missing or invalid")
     return checkpoint

@@ -18,6 +18,7 @@ from engine import Engine
 from flag_checks import parse_flags
 from flags import NOT_INHERITED, SPLITS, build_parser, data_folders, replaced_splits
 from images.cache import open_cache, read_all
+from images.decode import DECODER_VERSION
 from images.folders import ImageIndex, file_stat
 from images.splits import check_folders_used, find_images, paths_by_split
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
@@ -62,6 +63,7 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
         args.resume, args.run_dir = path and str(path), str(run_dir)
         if checkpoint:
             check_resumed_flags(args, checkpoint)
+            warn_of_other_decoder(args.resume, checkpoint)
         yield args, checkpoint
 
 
@@ -162,6 +164,18 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
 
 
+def warn_of_other_decoder(path: str, checkpoint: dict) -> None:
+    """Warn if the images of the checkpoint at `path` were decoded by another version of this project."""
+    version = checkpoint["decoder_version"]
+    if version != DECODER_VERSION:
+        print(
+            f"warning: --resume: {path} was trained on images decoded by version {version}, this is version "
+            f"{DECODER_VERSION}; images with a color profile, an unused alpha channel or more than 8 bits per channel "
+            "may have other colors now",
+            file=sys.stderr,
+        )
+
+
 def how_to_resume(args: argparse.Namespace, argv: Sequence[str], was_saved: bool) -> str:
     """What to print after "stopped". args: all flags of the run."""
     if args.eval_only:
@@ -215,6 +229,7 @@ def snapshot(
         "splits": paths_by_split(splits),
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
         "rng_state": random_state(engine.device),
+        "decoder_version": DECODER_VERSION,
     }
     return checkpoint["history"], checkpoint_bytes(checkpoint)
 

@@ -47,7 +47,7 @@ class WandbRun:
         Raises UserError for flags or environment variables that W&B does not accept.
         """
         self.id = args.wandb_id or (checkpoint and checkpoint["wandb_id"])
-        self._num_images, self._with_artifact = args.wandb_images, args.wandb_artifact
+        self._num_images, self._resize, self._with_artifact = args.wandb_images, args.resize, args.wandb_artifact
         self._run, self._has_failed = None, False
         if args.wandb_mode == "disabled":
             if args.wandb_id:
@@ -238,7 +238,7 @@ class WandbRun:
         wrong = np.flatnonzero(predictions != test.targets)
         table = self._wandb.Table(["image", "path", "label", "prediction", "prob_label", "prob_prediction"])
         for i in wrong[np.argsort(label_probabilities[wrong], kind="stable")][: self._num_images]:
-            image = self._wandb.Image(read_image(test.paths[i], TABLE_IMAGE_SIZE))
+            image = self._wandb.Image(read_image(test.paths[i], TABLE_IMAGE_SIZE, self._resize))
             label, prediction = test.classes[test.targets[i]], test.classes[predictions[i]]
             of_label, of_prediction = label_probabilities[i], probabilities[i, predictions[i]]
             table.add_data(image, valid_text(test.paths[i]), label, prediction, of_label, of_prediction)

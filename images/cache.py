@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import os
 import secrets
 import shutil
@@ -16,17 +17,24 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from images.decode import decode, failure_reason
+from images.decode import FACTS, ONE_COLOR, TOO_DARK, decode, failure_reason
 from images.folders import ImageIndex, Paths, file_stat
 from run.cli import UserError, progress_bar
 from run.cores import num_cores
 from run.files import atomic_write
 from run.surroundings import user_folder
 
-FORMAT_VERSION = 2  # increase it when the cache's files change, or how a photograph becomes pixels
+FORMAT_VERSION = 3  # increase it when the cache's files change, or how a photograph becomes pixels
 CHUNK_BYTES = 256 * 2**20  # of pixels decoded at once, at most
 SAVE_SECONDS = 30  # a process that is killed while filling the cache loses at most this much work
 INDEX_FILE = "index.npz"
+MAX_ASPECT = 1.5  # longer side divided by the shorter; a warning if the median is above it and images are stretched
+MAX_LISTED = 5  # images, in a warning
+PROBLEMS = {
+    ONE_COLOR: "of a single color, which may be damaged",
+    TOO_DARK: "of more than 8 bits with values only in the darkest quarter; if they have 10, 12 or 14 bits, save them "
+    "with 8, or state it in the TIFF tag MaxSampleValue or the PNG chunk sBIT",
+}
 
 
 def default_cache_dir() -> str | None:
@@ -39,18 +47,19 @@ def open_cache(args: argparse.Namespace) -> "ImageCache":
     folder = args.cache_dir or default_cache_dir()  # never inherited from a checkpoint: another user has another one
     if not folder and not args.no_cache:
         print("image cache: this user has no home folder; name a folder for it with --cache_dir")
-    return ImageCache(None if args.no_cache else folder, args.image_size)
+    return ImageCache(None if args.no_cache else folder, args.image_size, args.resize)
 
 
 def read_all(indexes: dict[str, ImageIndex], cache: "ImageCache", skip_broken: bool) -> dict[str, ImageIndex]:
     """Decode every image of `indexes` once, into the cache unless it is there already.
 
-    Broken images are listed with the reason. -> the same indexes with the images' cache rows and file sizes, and
-    without the broken images. Raises UserError if there are any, unless `skip_broken`, or if an index has no others.
+    Broken images are listed with the reason, odd ones in a warning. -> the same indexes with the images' cache rows
+    and file sizes, and without the broken images. Raises UserError if there are any, unless `skip_broken`, or if an
+    index has no others.
     """
     paths = sum((index.paths for index in indexes.values()), Paths())
     stats = np.array([file_stat(path) for path in paths], dtype=np.int64).reshape(-1, 3)
-    cache_rows, reasons = cache.fill(paths, stats)
+    cache_rows, facts, reasons = cache.fill(paths, stats)
     broken = [(paths[i], reason) for i, reason in sorted(reasons.items())]
     for path, reason in broken:
         print(f"broken: {path}: {reason}")
@@ -60,6 +69,7 @@ def read_all(indexes: dict[str, ImageIndex], cache: "ImageCache", skip_broken: b
             f"{broken[0][0]} cannot be read: {broken[0][1]}{more}; fix or delete broken files, or skip them with "
             "--skip_broken"
         )
+    _warn_of_odd_images(paths, facts, cache.resize)
     readable, start = {}, 0
     for name, index in indexes.items():
         kept = [i for i in range(len(index)) if start + i not in reasons]
@@ -72,6 +82,23 @@ def read_all(indexes: dict[str, ImageIndex], cache: "ImageCache", skip_broken: b
     return readable
 
 
+def _warn_of_odd_images(paths, facts, resize):
+    """facts: (N,) FACTS, as for all images; those of a broken one are 0."""
+    for note, problem in PROBLEMS.items():
+        positions = np.flatnonzero(facts["notes"] & note)
+        if positions.size:
+            listed = ", ".join(paths[i] for i in positions[:MAX_LISTED])
+            more = f" and {positions.size - MAX_LISTED} more" if positions.size > MAX_LISTED else ""
+            images = "1 image" if positions.size == 1 else f"{positions.size} images"
+            print(f"warning: {images} {problem} ({listed}{more})")
+    aspects = facts["aspect"][facts["aspect"] > 0]
+    if resize == "stretch" and aspects.size and (median := float(np.median(aspects))) > MAX_ASPECT:
+        print(
+            f"warning: --resize stretch distorts the images: their longer side is {median:.2f} times the shorter "
+            "(median); crop or pad keeps their shape"
+        )
+
+
 class ImageCache:
     """Images of one size in a file of raw pixels, mapped into the memory of every process that uses it.
 
@@ -79,17 +106,18 @@ class ImageCache:
     process fills the cache at a time; the others wait and then find the images there.
     """
 
-    def __init__(self, cache_dir: str | Path | None, image_size: int):
-        """cache_dir: None for no cache; every image is then decoded on every use."""
-        self.image_size = image_size
-        self.folder = Path(cache_dir, f"{image_size}px_v{FORMAT_VERSION}") if cache_dir else None
+    def __init__(self, cache_dir: str | Path | None, image_size: int, resize: str = "stretch"):
+        """cache_dir: None for no cache; every image is then decoded on every use. resize: as for `decode`."""
+        self.image_size, self.resize = image_size, resize
+        kind = f"{image_size}px" if resize == "stretch" else f"{image_size}px_{resize}"
+        self.folder = Path(cache_dir, f"{kind}_v{FORMAT_VERSION}") if cache_dir else None
         self._pixel_file, self._shape = None, (0, image_size, image_size, 3)
 
-    def fill(self, paths: Paths, stats: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        """Decode every image that is not cached yet, and store it. -> (rows (N,) int64, {position: why it is broken}).
+    def fill(self, paths: Paths, stats: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Decode every image that is not cached yet, and store it.
 
-        paths: N paths; stats: (N, 3) int64, the `file_stat` of each. A row is -1 if the image is broken, or if there
-        was no room for it.
+        -> (rows (N,) int64, facts (N,) FACTS, {position: why it is broken}). paths: N paths; stats: (N, 3) int64, the
+        `file_stat` of each. A row is -1 if the image is broken, or if there was no room for it.
         """
         with self._locked() as writable:
             index = CacheIndex(self.folder, self._shape)
@@ -97,12 +125,15 @@ class ImageCache:
             missing = np.flatnonzero(rows < 0)
             if writable and missing.size and index.drop_dead_rows():
                 rows = index.find(paths, stats)
-            reasons = {}
+            facts, reasons = np.zeros(len(paths), FACTS), {}
+            facts[rows >= 0] = index.facts[rows[rows >= 0]]
             with CacheWriter(index, missing.size, writable) as writer:
-                for chunk, pixels, chunk_reasons in _decode_chunks(paths, missing, self.image_size):
+                for chunk, pixels, chunk_facts, chunk_reasons in _decode_chunks(paths, missing, self):
+                    facts[chunk] = chunk_facts
                     reasons |= chunk_reasons
                     intact = np.array([i not in chunk_reasons for i in chunk])
-                    writer.add(pixels[intact], paths[chunk[intact]], stats[chunk[intact]])
+                    chunk = chunk[intact]
+                    writer.add(pixels[intact], paths[chunk], stats[chunk], facts[chunk])
             if missing.size:
                 rows = index.find(paths, stats)
             if len(index):  # mapped under the lock: no other process can delete the file in between
@@ -115,7 +146,7 @@ class ImageCache:
                     )
                     rows[:] = -1
         self._report(rows, missing.size - len(reasons))
-        return rows, reasons
+        return rows, facts, reasons
 
     @cached_property
     def pixels(self) -> np.ndarray | None:
@@ -164,6 +195,7 @@ class ImageCache:
 class CacheIndex:
     """Describes the rows of the cache's pixel file: row k holds `paths[k]` as it was when it had `stats[k]`.
 
+    facts: (rows,) FACTS.
     The index is written after the pixels. A process that is killed in between leaves rows without an entry, and the
     next one overwrites them; entries without a row in the pixel file are dropped when the index is read.
     """
@@ -171,6 +203,7 @@ class CacheIndex:
     def __init__(self, folder: Path | None, shape: tuple[int, ...]):
         self.folder, self.row_bytes = folder, int(np.prod(shape[1:]))
         self.paths, self.stats, self.pixel_file = Paths(), np.empty((0, 3), np.int64), _new_pixel_file()
+        self.facts = np.empty(0, FACTS)
         if folder:
             self._read()
 
@@ -182,6 +215,7 @@ class CacheIndex:
             with np.load(self.folder / INDEX_FILE, allow_pickle=False) as content:
                 paths = Paths.from_arrays(content["letters"], content["ends"])
                 stats, pixel_file = content["stats"], os.path.basename(str(content["pixel_file"]))
+                facts = content["facts"].astype(FACTS)
             complete_rows = os.path.getsize(self.folder / pixel_file) // self.row_bytes
         except (FileNotFoundError, PermissionError):  # PermissionError: reported when the folder could not be locked
             return
@@ -191,13 +225,12 @@ class CacheIndex:
         if complete_rows < len(paths):
             print(f"image cache: {self.folder / pixel_file} is truncated; the missing images are decoded again")
         rows = min(complete_rows, len(paths))
-        self.paths, self.stats, self.pixel_file = paths.first(rows), stats[:rows], pixel_file
+        self.paths, self.stats, self.facts, self.pixel_file = paths.first(rows), stats[:rows], facts[:rows], pixel_file
 
     def save(self) -> None:
         with atomic_write(self.folder / INDEX_FILE, "wb") as file:
-            np.savez(
-                file, letters=self.paths.letters, ends=self.paths.ends, stats=self.stats, pixel_file=self.pixel_file
-            )
+            letters, ends = self.paths.letters, self.paths.ends
+            np.savez(file, letters=letters, ends=ends, stats=self.stats, facts=self.facts, pixel_file=self.pixel_file)
 
     def find(self, paths: Paths, stats: np.ndarray) -> np.ndarray:
         """-> (N,) int64: the row of each file, -1 if its present state is not cached."""
@@ -229,7 +262,8 @@ class CacheIndex:
                     target.write(source.read(self.row_bytes))
                 target.flush()
                 os.fsync(target.fileno())
-            self.paths, self.stats, self.pixel_file = self.paths[live], self.stats[live], new_file
+            self.paths, self.stats, self.facts = self.paths[live], self.stats[live], self.facts[live]
+            self.pixel_file = new_file
             self.save()
         except OSError:  # there is no room for new images either: the writer reports it
             (self.folder / new_file).unlink(missing_ok=True)
@@ -246,7 +280,7 @@ class CacheWriter:
 
     def __init__(self, index: CacheIndex, count: int, writable: bool):
         self.index = index
-        self._file, self._new_paths, self._new_stats, self._saved_at = None, [], [], time.monotonic()
+        self._file, self._added, self._saved_at = None, [], time.monotonic()
         if writable and count:
             with self._giving_up_on_errors():
                 self._begin(count * index.row_bytes)
@@ -264,29 +298,31 @@ class CacheWriter:
         self._file.truncate(len(self.index) * self.index.row_bytes)
         self.index.save()  # without entries for rows that were lost: other images will soon be written there
 
-    def add(self, pixels: np.ndarray, paths: Paths, stats: np.ndarray) -> None:
-        """pixels: (n, size, size, 3) uint8; stats: (n, 3) int64."""
+    def add(self, pixels: np.ndarray, paths: Paths, stats: np.ndarray, facts: np.ndarray) -> None:
+        """pixels: (n, size, size, 3) uint8; stats: (n, 3) int64; facts: (n,) FACTS."""
         if not self._file:
             return
         with self._giving_up_on_errors():
             self._file.write(pixels)
-            self._new_paths.append(paths)
-            self._new_stats.append(stats)
+            self._added.append((paths, stats, facts))
             if time.monotonic() > self._saved_at + SAVE_SECONDS:
                 self._save()
 
     def _save(self):
         self._file.flush()
         os.fsync(self._file.fileno())
-        previous = self.index.paths, self.index.stats
-        self.index.paths = sum(self._new_paths, self.index.paths)
-        self.index.stats = np.concatenate([self.index.stats, *self._new_stats])
+        index = self.index
+        previous = index.paths, index.stats, index.facts
+        added_paths, added_stats, added_facts = zip(*self._added, strict=True) if self._added else ((), (), ())
+        index.paths = sum(added_paths, index.paths)
+        index.stats = np.concatenate([index.stats, *added_stats])
+        index.facts = np.concatenate([index.facts, *added_facts])
         try:
-            self.index.save()
+            index.save()
         except OSError:
-            self.index.paths, self.index.stats = previous
+            index.paths, index.stats, index.facts = previous
             raise
-        self._new_paths, self._new_stats, self._saved_at = [], [], time.monotonic()
+        self._added, self._saved_at = [], time.monotonic()
 
     @contextmanager
     def _giving_up_on_errors(self):
@@ -318,29 +354,32 @@ def _new_pixel_file():
     return f"{secrets.token_hex(4)}.pixels"
 
 
-def _decode_chunks(paths, positions, size) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
+def _decode_chunks(paths, positions, cache) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]]:
     """Decode the images at `positions` in threads, as the decoder releases the interpreter's lock.
 
-    Yields chunks of (positions (n,), pixels (n, size, size, 3) uint8, {position: why it is broken}).
+    Yields chunks of (positions (n,), pixels (n, size, size, 3) uint8, facts (n,), {position: why it is broken}).
     """
+    size = cache.image_size
     # small enough that a process that is stopped loses seconds of work
     chunk_size = max(1, min(32 * num_cores(), CHUNK_BYTES // (3 * size**2)))
     with ThreadPoolExecutor(num_cores()) as pool, progress_bar(None, "images", "image", len(positions)) as bar:
         for start in range(0, len(positions), chunk_size):
             chunk = positions[start : start + chunk_size]
-            pixels = np.empty((len(chunk), size, size, 3), np.uint8)
-            reasons = {}
-            for i, reason in zip(chunk, pool.map(_decode_into, paths[chunk], pixels), strict=True):
+            pixels, facts, reasons = np.empty((len(chunk), size, size, 3), np.uint8), np.zeros(len(chunk), FACTS), {}
+            results = pool.map(_decode_into, paths[chunk], pixels, itertools.repeat(cache.resize))
+            for k, (image_facts, reason) in zip(range(len(chunk)), results, strict=True):
                 if reason:
-                    reasons[int(i)] = reason
+                    reasons[int(chunk[k])] = reason
+                else:
+                    facts[k] = image_facts
                 bar.update()
-            yield chunk, pixels, reasons
+            yield chunk, pixels, facts, reasons
 
 
-def _decode_into(path, pixels):
-    """Fill `pixels`, (size, size, 3) uint8. -> None, or why the file is broken."""
+def _decode_into(path, pixels, resize):
+    """Fill `pixels`, (size, size, 3) uint8. -> (its FACTS or None, None or why the file is broken)"""
     try:
-        pixels[:] = decode(path, len(pixels))
+        pixels[:], facts = decode(path, len(pixels), resize)
     except Exception as error:  # whatever the decoder raises is the reason in the list
-        return failure_reason(error, path)
-    return None
+        return None, failure_reason(error, path)
+    return facts, None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from images.formats import HEIF_EXTENSIONS, image_extensions
 from images.layout import (
     SPLIT_NAMES,
     enumerated,
@@ -27,8 +28,8 @@ from run.cli import UserError
 from run.files import valid_text
 from run.folder import check_is_folder
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_GRADES = 12  # a class folder with more numbered folders holds subjects or years, not grades
+MAX_LISTED = 20  # classes, in a warning
 
 
 class Paths(Sequence):
@@ -137,7 +138,8 @@ def index_folders(
     or of a checkpoint); each needs an image unless `allow_missing`. Raises UserError, naming `flag`, for any other
     layout.
     """
-    found, skipped, passed_over = {}, Counter(), Counter()
+    found, skipped, unread, passed_over = {}, Counter(), Counter(), Counter()
+    extensions = image_extensions()
     for folder in folders:
         class_folders = _class_folders(folder, classes, flag, passed_over)
         if classes is None:
@@ -147,8 +149,10 @@ def index_folders(
             images, others = [], Counter()
             for path in files:
                 extension = os.path.splitext(path)[1].lower()
-                if extension in IMAGE_EXTENSIONS:
+                if extension in extensions:
                     images.append(path)
+                elif extension in HEIF_EXTENSIONS:
+                    unread[name] += 1
                 else:
                     others[extension or "no extension"] += 1
             if images or not is_written:  # otherwise it is a folder of runs, not of a class
@@ -158,6 +162,7 @@ def index_folders(
     if skipped:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
         print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
+    _warn_of_heif(unread, flag)
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
     if classes is None:
@@ -168,6 +173,18 @@ def index_folders(
     return ImageIndex(paths, targets, names)
 
 
+def _warn_of_heif(unread, flag):
+    """unread: {class: number of photographs that need pillow-heif}."""
+    if unread:
+        counts = [f"class {name}: {unread[name]}" for name in sorted(unread, key=natural_key)]
+        if len(counts) > MAX_LISTED:
+            counts[MAX_LISTED:] = [f"{len(counts) - MAX_LISTED} more classes"]
+        print(
+            f"warning: {flag}: {sum(unread.values())} HEIC photographs are left out ({', '.join(counts)}); to read "
+            "them, install the package pillow-heif: pip install pillow-heif"
+        )
+
+
 def _class_folders(folder, classes, flag, passed_over):
     """-> [(class name, its folder)]. Names are compared in composed form (NFC), as macOS decomposes them."""
     check_is_folder(folder, flag)
@@ -175,7 +192,7 @@ def _class_folders(folder, classes, flag, passed_over):
     entries = read_entries(folder, flag)
     passed_over.update(entries.passed_over)
     refuse_dead_links(folder, entries.dead_links, flag)
-    loose = sum(os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS for name in entries.files)
+    loose = sum(os.path.splitext(name)[1].lower() in image_extensions() for name in entries.files)
     if not entries.folders:
         problem = "contains no class folders"
         if loose:
@@ -234,7 +251,7 @@ def _files_below(folder, flag, passed_over):
             continue
         passed_over.update(entries.passed_over)
         # a photograph that cannot be reached is listed with the broken ones; anything else may be a folder of them
-        photographs = [name for name in entries.dead_links if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+        photographs = [name for name in entries.dead_links if os.path.splitext(name)[1].lower() in image_extensions()]
         refuse_dead_links(place, sorted(set(entries.dead_links) - set(photographs)), flag)
         files += [f"{place}{os.sep}{name}" for name in sorted(entries.files + photographs)]
         waiting += [f"{place}{os.sep}{name}" for name in reversed(entries.folders)]
@@ -263,7 +280,7 @@ def _check_level(folder, class_folders, flag):
 
 def _numbered_folders(path, flag):
     """-> the names of the folders in a folder if all of them are numbers and no images are beside them, else none."""
-    if has_file(path, IMAGE_EXTENSIONS):  # as in most class folders: at once, however many there are
+    if has_file(path, image_extensions()):  # as in most class folders: at once, however many there are
         return set()
     names = read_entries(path, flag).folders
     return set(names) if all(name.isdecimal() for name in names) else set()

@@ -12,6 +12,7 @@ from helpers import (
     THIN_MAIN,
     TINY_COUNTS,
     TINY_FLAGS,
+    differences,
     history_but_times,
     run_main,
     same,
@@ -571,3 +572,21 @@ def test_a_trained_model_cannot_switch_to_another_kind_of_head(copied_run, capsy
         assert run_main("--resume", copied_run / "best_model.pth", "--train_loss", "ldam", *flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --train_loss: ldam has its own head")
+
+
+def test_resize_gives_the_same_bits_with_and_without_the_cache_and_is_kept_when_resumed(
+    thin_network, tmp_path, data_dir, capsys
+):
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--amp", "off", "--resize", "crop"]
+    assert run_main(*flags, "--run_dir", tmp_path / "cached") == 0
+    assert run_main(*flags, "--run_dir", tmp_path / "decoded", "--no_cache", "--num_workers", 1) == 0
+    assert differences(tmp_path / "cached", tmp_path / "decoded") == []
+    assert (
+        run_main(*[flag if flag != "crop" else "stretch" for flag in flags], "--run_dir", tmp_path / "stretched") == 0
+    )
+    assert "history.csv" in differences(tmp_path / "cached", tmp_path / "stretched")
+    capsys.readouterr()
+    last = tmp_path / "cached" / "last_model.pth"
+    assert run_main("--eval_only", "--resume", last, "--run_dir", tmp_path / "eval") == 0
+    assert json.loads((tmp_path / "eval" / "args.json").read_text())["resize"] == "crop"
+    assert "warning" not in capsys.readouterr().err

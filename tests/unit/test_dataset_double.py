@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from helpers import index_of
+from helpers import index_of, write_images
 from PIL import Image
 
 from dataset_double import (
@@ -18,8 +18,10 @@ from dataset_double import (
     make_loader,
     train_loader,
 )
+from flag_checks import parse_flags
 from flags import build_parser
 from images.augment import augment_batch
+from images.cache import ImageCache, read_all
 from images.folders import ImageIndex, index_folders
 from run.cli import UserError
 
@@ -175,3 +177,22 @@ def test_evaluation_sees_every_image_in_order_in_larger_batches(originals):
     batches = list(eval_loader(originals.index, args, torch.device("cpu")))
     assert [len(targets) for _, targets in batches] == [8, 8, 8, 8, 3]
     assert torch.cat([targets for _, targets in batches]).tolist() == originals.index.targets.tolist()
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad"])
+def test_images_outside_the_cache_are_resized_as_those_in_it(tmp_path, resize):
+    write_images(tmp_path / "data" / "0", 3, size=(90, 40))
+    write_images(tmp_path / "data" / "1", 3, size=(30, 70))
+    args, cpu = parse_flags(["--data_dirs", str(tmp_path / "data"), "--resize", resize]), torch.device("cpu")
+    args.image_size = 32
+    cached, uncached = (
+        read_all({"data": index_folders(args.data_dirs)}, ImageCache(folder, 32, resize), False)["data"]
+        for folder in (tmp_path / "cache", None)
+    )
+    for use_augmentation in (False, True):
+        loaders = [
+            train_loader(index, args, cpu, use_augmentation=use_augmentation, sampling="instance")
+            for index in (cached, uncached)
+        ]
+        assert torch.equal(*(next(iter(loader))[0] for loader in loaders))
+    assert torch.equal(*(next(iter(eval_loader(index, args, cpu)))[0] for index in (cached, uncached)))

@@ -17,8 +17,9 @@ def test_a_sweeps_way_of_writing_flags_is_understood():
 # the contract: every flag with its default; what is listed here is neither removed nor changed
 FLAGS = {
     "--data_dirs": None, "--val_dirs": None, "--test_dirs": None, "--split": [0.6, 0.2, 0.2], "--group_regex": None,
-    "--folds": None, "--fold": None, "--image_size": 224, "--skip_broken": False, "--cache_dir": None,
-    "--no_cache": False, "--max_megapixels": 200, "--demo": False, "--train_loss": "cb", "--beta": 0.999,
+    "--folds": None, "--fold": None, "--image_size": 224, "--resize": "stretch", "--skip_broken": False,
+    "--cache_dir": None, "--no_cache": False, "--max_megapixels": 200, "--demo": False, "--train_loss": "cb",
+    "--beta": 0.999,
     "--gamma": 2.0, "--cb_form": "softmax", "--alpha": None, "--smoothing": 0.1, "--tau": 1.0, "--max_margin": 0.5,
     "--ordinal": False, "--ordinal_decay": 2.0, "--drw_epoch": 0, "--use_augmentation": False,
     "--target_samples_per_class": None,

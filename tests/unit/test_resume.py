@@ -7,6 +7,7 @@ from helpers import write_checkpoint
 import resume
 from engine import RunningMetrics
 from flag_checks import parse_flags
+from images.decode import DECODER_VERSION
 from model import load_checkpoint
 from run.cli import Damaged, UserError
 from run.saver import BEST, LAST, PREVIOUS
@@ -71,3 +72,28 @@ def test_a_checkpoint_that_changed_before_its_folder_was_locked_is_reread(copied
     command = ["--resume", str(copied_run / LAST), "--epochs", "4"]
     with resume.open_run(parse_flags(command), command) as (_, checkpoint):
         assert checkpoint["epoch"] == 2
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_another_version_of_the_decoder_is_a_warning(copied_run, capsys, eval_only):
+    last = load_checkpoint(copied_run / LAST)
+    assert last["decoder_version"] == DECODER_VERSION
+    command = ["--resume", str(copied_run / LAST), "--epochs", "3", *["--eval_only"] * eval_only]
+    older = {name: value for name, value in last.items() if name != "decoder_version"}  # as before there was a version
+    for checkpoint, version in ((last, None), ({**last, "decoder_version": 99}, 99), (older, 1)):
+        (copied_run / LAST).unlink()
+        torch.save(checkpoint, copied_run / LAST)
+        with resume.open_run(parse_flags(command), command):
+            warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+        assert len(warnings) == (version is not None)
+        assert all(f"decoded by version {version}" in line and str(copied_run / LAST) in line for line in warnings)
+
+
+def test_resize_is_inherited_and_that_of_older_checkpoints_is_stretch(copied_run):
+    last, command = load_checkpoint(copied_run / LAST), ["--resume", str(copied_run / LAST), "--epochs", "3"]
+    flags = {name: value for name, value in last["args"].items() if name != "resize"}
+    for trained, expected in (({**flags, "resize": "pad"}, "pad"), (flags, "stretch")):
+        (copied_run / LAST).unlink()
+        write_checkpoint(copied_run / LAST, {**last, "args": trained})
+        with resume.open_run(parse_flags(command), command) as (args, _):
+            assert args.resize == expected

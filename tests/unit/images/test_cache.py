@@ -19,7 +19,7 @@ from PIL import Image
 import images.cache
 from dataset_double import DoubleSkinDataset
 from images.cache import CacheIndex, CacheWriter, ImageCache, read_all
-from images.decode import read_image
+from images.decode import FACTS, ONE_COLOR, read_image
 from images.folders import ImageIndex, Paths, file_stat, index_folders
 from run.cli import UserError
 
@@ -38,7 +38,8 @@ def fill(folder, photos, size=SIZE):
     """-> (cache, rows, reasons)."""
     cache = ImageCache(folder, size)
     stats = np.array([file_stat(photo) for photo in photos])
-    return cache, *cache.fill(Paths(photos), stats)
+    rows, _, reasons = cache.fill(Paths(photos), stats)
+    return cache, rows, reasons
 
 
 def garble(path):
@@ -191,7 +192,7 @@ def test_rows_of_a_killed_writer_are_never_read(tmp_path, photos):
     os.truncate(pixel_file(tmp_path / "cache"), 3 * ROW)
     index = CacheIndex(cache.folder, (0, SIZE, SIZE, 3))
     writer = CacheWriter(index, 9, writable=True)
-    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 3), np.int64))
+    writer.add(np.zeros((9, SIZE, SIZE, 3), np.uint8), Paths(photos[3:]), np.zeros((9, 3), int), np.zeros(9, FACTS))
     writer._file.flush()
     assert pixel_file(tmp_path / "cache").stat().st_size == 12 * ROW
     cache, rows, _ = fill(tmp_path / "cache", photos)
@@ -226,13 +227,13 @@ def test_a_process_stopped_while_filling_loses_only_seconds_of_work(tmp_path, nu
     process.send_signal(number)
     process.communicate()
     assert process.returncode != 0
-    kept = len(CacheIndex(tmp_path / "cache" / "16px_v2", (0, SIZE, SIZE, 3)))
+    kept = len(CacheIndex(tmp_path / "cache" / "16px_v3", (0, SIZE, SIZE, 3)))
     assert 0 < kept < 400
     cache, rows, reasons = fill(tmp_path / "cache", photos)
     assert not reasons
     check_pixels(cache, rows, photos)
     assert pixel_file(tmp_path / "cache").stat().st_size == 400 * ROW
-    assert {path.suffix for path in (tmp_path / "cache" / "16px_v2").iterdir()} == {"", ".npz", ".pixels"}
+    assert {path.suffix for path in (tmp_path / "cache" / "16px_v3").iterdir()} == {"", ".npz", ".pixels"}
 
 
 def test_processes_that_fill_the_cache_at_once_do_not_disturb_each_other(tmp_path):
@@ -273,7 +274,7 @@ def test_a_full_disk_gets_its_space_back_and_images_are_decoded_on_use(tmp_path,
 def test_nothing_is_written_if_the_disk_has_no_room_for_all_images(tmp_path, photos, capsys):
     index = CacheIndex(tmp_path, (0, SIZE, SIZE, 3))
     writer = CacheWriter(index, 10**15, writable=True)
-    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 3), np.int64))
+    writer.add(np.zeros((1, SIZE, SIZE, 3), np.uint8), Paths(photos[:1]), np.zeros((1, 3), int), np.zeros(1, FACTS))
     assert "MB are needed" in capsys.readouterr().out and not list(tmp_path.glob("*.pixels"))
 
 
@@ -296,7 +297,7 @@ def public_folder():
 def test_a_read_only_cache_is_used_and_left_unchanged(public_folder):
     photos = list(map(str, write_images(public_folder / "photos", 12)))
     fill(public_folder / "cache", photos[:8])
-    folder = public_folder / "cache" / "16px_v2"
+    folder = public_folder / "cache" / "16px_v3"
     for path in [*folder.iterdir(), folder]:
         path.chmod(0o555)
 
@@ -370,3 +371,62 @@ def test_an_index_of_only_broken_images_is_rejected_even_with_skip_broken(tmp_pa
     index = ImageIndex([str(tmp_path / "0" / "x.png")], np.array([0]), ["0", "1"])
     with pytest.raises(UserError, match=r"x\.png"):
         read_all({"test": index}, ImageCache(None, 32), skip_broken=True)
+
+
+def read_twice(folder, cache_dir, capsys, **options):
+    """-> warnings of the first and of the second run."""
+    printed = []
+    for _ in range(2):
+        read_all({"data": index_folders([folder])}, ImageCache(cache_dir, 32, **options), False)
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")])
+    return printed
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_odd_images_are_listed_also_when_they_are_cached(tmp_path, cached, capsys):
+    write_class_folders(tmp_path / "data", {"0": 4, "1": 4})
+    for number in range(9):
+        Image.new("RGB", (40, 40), "white").save(tmp_path / "data" / "0" / f"white_{number}.png")
+    dark = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
+    Image.fromarray(dark).save(tmp_path / "data" / "1" / "12_bits.png")
+    for warnings in read_twice(tmp_path / "data", tmp_path / "cache" if cached else None, capsys):
+        one_color, too_dark = warnings
+        assert "9 images of a single color" in one_color and "white_0.png" in one_color
+        assert "white_5.png" not in one_color and "and 4 more" in one_color
+        assert "1 image of more than 8 bits" in too_dark and "12_bits.png" in too_dark
+
+
+def test_facts_stay_with_their_images_when_rows_are_dropped(tmp_path, capsys):
+    photos = list(map(str, write_images(tmp_path / "photos", 9)))
+    Image.new("RGB", (90, 30), "white").save(photos[8])
+    fill(tmp_path / "cache", photos)
+    for photo in photos[:7]:
+        os.remove(photo)
+    (added,) = map(str, write_images(tmp_path / "more", 1, seed=9))
+    now = [photos[7], photos[8], added]
+    for _ in range(2):
+        stats = np.array([file_stat(photo) for photo in now])
+        _, facts, _ = ImageCache(tmp_path / "cache", SIZE).fill(Paths(now), stats)
+        assert facts["notes"].tolist() == [0, ONE_COLOR, 0]
+        assert np.allclose(facts["aspect"], [1.2, 3, 1.2])
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+def test_stretching_long_images_is_worth_a_warning(tmp_path, resize, capsys):
+    write_images(tmp_path / "data" / "0", 4, suffix=".jpg", size=(80, 40))
+    write_images(tmp_path / "data" / "1", 3, suffix=".jpg", size=(40, 40))
+    for warnings in read_twice(tmp_path / "data", tmp_path / "cache", capsys, resize=resize):
+        assert [("2.00 times" in line and "--resize" in line) for line in warnings] == [True] * (resize == "stretch")
+    write_images(tmp_path / "data" / "1", 6, suffix=".jpg", size=(40, 40))
+    assert read_twice(tmp_path / "data", tmp_path / "cache", capsys, resize=resize) == [[], []]
+
+
+def test_each_way_to_resize_has_its_own_files(tmp_path, photos):
+    for resize in ("stretch", "crop", "pad"):
+        cache = ImageCache(tmp_path, SIZE, resize)
+        rows, _, _ = cache.fill(Paths(photos), np.array([file_stat(photo) for photo in photos]))
+        assert all(
+            np.array_equal(cache.pixels[row], read_image(photo, SIZE, resize))
+            for row, photo in zip(rows, photos, strict=True)
+        )
+    assert len(list(tmp_path.glob("*/*.pixels"))) == 3

@@ -9,6 +9,7 @@ import pytest
 from helpers import write_class_folders, write_images
 from PIL import Image
 
+import images.formats
 from images.decode import read_image
 from images.folders import Paths, check_duplicates, index_folders, natural_key
 from run.cli import UserError
@@ -203,3 +204,25 @@ def test_paths_are_restored_exactly_even_if_they_are_not_utf8():
     assert list(Paths() + paths + Paths(["z"])) == [*names, "z"] and list(paths.first(2)) == names[:2]
     with pytest.raises(IndexError):
         paths[5]
+
+
+def test_heic_photographs_that_cannot_be_read_are_counted_class_by_class(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images.formats, "find_spec", lambda name: None)
+    write_class_folders(tmp_path, {"0": 2, "1": 2, "2": 2})
+    for name in ("0/a.HEIC", "0/b.heif", "2/c.heic", "2/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(index_folders([tmp_path])) == 6
+    printed = capsys.readouterr().out
+    assert "3 HEIC photographs are left out (class 0: 2, class 2: 1)" in printed and "install pillow-heif" in printed
+    assert "skipped 1 files with a non-image extension (.txt: 1)" in printed
+    monkeypatch.setattr(images.formats, "find_spec", lambda name: object())
+    assert len(index_folders([tmp_path])) == 9 and "HEIC" not in capsys.readouterr().out
+
+
+def test_the_list_of_classes_with_heic_photographs_is_bounded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images.formats, "find_spec", lambda name: None)
+    for name in map(str, range(50)):
+        write_images(tmp_path / name, 1)
+        (tmp_path / name / "a.heic").touch()
+    index_folders([tmp_path])
+    assert "class 19: 1, 30 more classes)" in capsys.readouterr().out
