@@ -197,7 +197,7 @@ def _class_folders(folder, classes, flag, passed_over):
         problem = "contains no class folders"
         if loose:
             is_split = os.path.basename(folder).casefold() in SPLIT_NAMES
-            advice = "sort them into class folders" if is_split else "pass its parent folder"
+            advice = "sort them into class folders, or leave this folder out" if is_split else "pass its parent folder"
             problem = f"contains images, not class folders: {advice}"
         raise UserError(f"{flag}: {folder} {problem} (expected {folder}/CLASS/image.jpg)")
     if loose:
