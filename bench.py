@@ -8,7 +8,7 @@ python bench.py --parts input step  measure only some of input, step, evaluation
 import sys
 from pathlib import Path
 
-from run.cli import Parser, UserError, run_command
+from run.cli import Parser, UserError, end_process, run_command
 
 PARTS = ("input", "step", "evaluation", "startup", "memory")
 
@@ -50,4 +50,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
