@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from flag_checks import parse_flags, trains_all_folds
 from flags import is_ordinal
 from run.cli import UserError, end_process, run_command
+from run.cores import let_waiting_threads_sleep
 from run.folder import FOLDS_FILE
 from run.signals import Signals, Stopped
 from run.workers import end_workers
@@ -225,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # lines appear at once, also in a log; any file name can be printed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    let_waiting_threads_sleep()
     with Signals() as signals:
         return run_command(functools.partial(run, signals=signals), argv)
 
