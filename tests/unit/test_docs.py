@@ -18,7 +18,15 @@ COMMANDS = {
     "main.py": "flags", "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
-NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--rounds", "--signal"}  # placeholders, and options of other tools
+NOT_FLAGS = {
+    "--name",
+    "--no-name",
+    "--X",
+    "--no-X",
+    "--rounds",
+    "--signal",
+    "--shm-size",
+}  # placeholders, and options of other tools
 
 
 def by_name(path):
