@@ -8,9 +8,7 @@ are passed to main.py for all runs. If the ablation is stopped, the same command
 ablation.csv, ablation.md and ablation.png in --ablate_dir.
 """
 
-import sys
-
-from run.cli import Parser, UserError, number, run_command
+from run.cli import Parser, UserError, end_process, number, run_command
 
 
 def build_parser() -> Parser:
@@ -68,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

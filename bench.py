@@ -2,15 +2,16 @@
 """Measure how fast the project is on this machine, side by side with the usual way of doing the same.
 
 python bench.py                     measure everything, print a table, write bench.json
-python bench.py --parts input step  measure only some of input, step, evaluation, startup, memory
+python bench.py --parts input step  measure only some of input, step, sharing, evaluation, startup, memory
 """
 
 import sys
 from pathlib import Path
 
-from run.cli import Parser, UserError, run_command
+from run.cli import Parser, UserError, end_process, run_command
+from run.cores import let_waiting_threads_sleep
 
-PARTS = ("input", "step", "evaluation", "startup", "memory")
+PARTS = ("input", "step", "sharing", "evaluation", "startup", "memory")
 
 
 def build_parser() -> Parser:
@@ -28,6 +29,7 @@ def run(argv: list[str]) -> int:
     if "memory" in args.parts and not Path("/proc/self/smaps_rollup").exists():
         raise UserError("--parts: memory can be measured only on Linux; list the other parts")
 
+    let_waiting_threads_sleep()  # as main.py does
     from run.machine import choose_device, keep_freed_memory
     from run.signals import Signals, Stopped
     from study.benchmark import format_table, measure_parts
@@ -50,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -6,6 +6,7 @@ An image is an (H, W, 3) uint8 RGB array; batches are (N, 3, H, W) uint8, which 
 import argparse
 import functools
 import itertools
+import mmap
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,7 @@ from images.augment import IDENTITY, augment, draw_parameters
 from images.decode import image_size_limit, limit_image_size, read_image
 from images.folders import ImageIndex
 from run.cores import num_cores
-from run.workers import begin_worker
+from run.workers import affordable_workers, begin_worker
 
 
 class DoubleSkinDataset(Dataset):
@@ -84,8 +85,8 @@ class AugmentedSkinDataset(Dataset):
             # resize repeats the members in turn: the numbers of copies per original differ by at most one
             sources.append(np.resize(members, max(0, target - count)))
         self.sources = np.concatenate(sources)
-        # shared memory, so that persistent loader workers see the new epoch
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # shared with loader workers, so that persistent ones see the new epoch; needs no room in /dev/shm
+        self.epoch = torch.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=torch.int64, count=1)[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentations of this epoch from now on, also in running loader workers."""
@@ -206,6 +207,9 @@ def _loader(dataset, batch_size, args, device, sampler=None):
     workers, on_gpu = args.num_workers, device.type == "cuda"
     if workers is None:
         workers = min(8, num_cores()) if on_gpu else 0
+    image_bytes = 3 * args.image_size**2 + 8 + 4 * len(IDENTITY)  # pixels, target, parameters of the augmentation
+    for_training, for_evaluation = affordable_workers(workers, image_bytes, args.batch_size, args.grad_accum)
+    workers = for_training if sampler else for_evaluation
     return make_loader(dataset, batch_size, sampler=sampler, seed=args.seed, num_workers=workers, pin_memory=on_gpu)
 
 

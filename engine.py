@@ -139,12 +139,13 @@ class Engine:
         """-> {"train_loss", "train_acc", "images_per_second", "learning_rate" (of the last step), "input_wait"}
 
         running_metrics: new, or of the part of the epoch that was trained before. image_size: side to which the images
-        are resized, None to keep it. after_step: called after each optimizer step; it may raise to leave the epoch.
+        are resized, None to keep it. after_step: called after each optimizer step, or if a signal ends the wait for a
+        batch; it may raise to leave the epoch.
         input_wait: share of the time, 0..1, spent waiting for images. Raises UserError, naming epoch and step, if the
         loss is not finite.
         """
         self.model.train()
-        batches = DeviceBatches(loader, self.device)
+        batches = DeviceBatches(loader, self.device, after_step)
         seconds_before = running_metrics.seconds
         started = time.perf_counter()
         bar = progress_bar(batches, f"epoch {running_metrics.epoch}")
@@ -215,11 +216,12 @@ class Engine:
         """
         model = self.evaluated.eval()
         batches = []
-        for images, targets in progress_bar(DeviceBatches(loader, self.device), name):
+        for images, targets in progress_bar(DeviceBatches(loader, self.device, after_batch), name):
             logits = self.forward(model, images)
             if mirrored:
                 logits = (logits + self.forward(model, images.flip(-1))) / 2
-            batches.append((logits, targets))
+            # a copy: with workers, each batch takes an open file and a page of shared memory as long as it is kept
+            batches.append((logits, targets.clone()))
             if after_batch:
                 after_batch()
         logits = torch.cat([logits for logits, _ in batches])

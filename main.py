@@ -10,15 +10,16 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flag_checks import parse_flags, trains_all_folds
 from flags import is_ordinal
-from run.cli import UserError, run_command
+from run.cli import UserError, end_process, run_command
+from run.cores import let_waiting_threads_sleep
 from run.folder import FOLDS_FILE
 from run.signals import Signals, Stopped
+from run.workers import end_workers
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +120,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 write_environment(run_dir, device, progress.hours_trained())
                 wandb_run.log_epoch(row, progress)  # what is logged is saved: no epoch is logged twice
             saver.finish()
+        end_workers()
 
         # best model: test it, write results, plots and the report
         engine.criterion = criterion
@@ -187,12 +189,15 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
             )
         with open_run(args, argv) as (run_args, checkpoint):
             device = prepare_process(run_args)
-            if run_args.eval_only:
-                evaluation.evaluate_only(run_args, checkpoint, device)
-            elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
-                print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
-            else:
-                train(run_args, checkpoint, device, signals)
+            try:
+                if run_args.eval_only:
+                    evaluation.evaluate_only(run_args, checkpoint, device)
+                elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
+                    print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
+                else:
+                    train(run_args, checkpoint, device, signals)
+            finally:
+                end_workers()
     except Stopped as stop:
         if resume_hint is None:
             resume_hint = how_to_resume(run_args, argv, signals.saved) if run_args else ""
@@ -222,18 +227,10 @@ def prepare_process(args: argparse.Namespace) -> "torch.device":
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 / 129 stopped by Ctrl-C / SIGTERM / SIGHUP"""
+    let_waiting_threads_sleep()
     with Signals() as signals:
         return run_command(functools.partial(run, signals=signals), argv)
 
 
 if __name__ == "__main__":
-    status = main()
-    for late in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        getattr(signal, "SIGHUP", signal.SIGTERM),
-    ):  # everything is saved: a signal must not change the status now
-        signal.signal(late, signal.SIG_IGN)
-    with suppress(OSError):  # a log that takes no more lines is not an error of the run
-        sys.stdout.flush()
-    sys.exit(status)
+    end_process(main())

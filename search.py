@@ -8,9 +8,7 @@ Flags that are not listed here are passed to main.py for each trial. The study i
 stopped or killed, the same command resumes it, and unfinished trials from their own checkpoints.
 """
 
-import sys
-
-from run.cli import Parser, number, run_command
+from run.cli import Parser, end_process, number, run_command
 
 
 def build_parser() -> Parser:
@@ -44,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -362,7 +362,11 @@ def _decode_chunks(paths, positions, cache) -> Iterator[tuple[np.ndarray, np.nda
     size = cache.image_size
     # small enough that a process that is stopped loses seconds of work
     chunk_size = max(1, min(32 * num_cores(), CHUNK_BYTES // (3 * size**2)))
-    with ThreadPoolExecutor(num_cores()) as pool, progress_bar(None, "images", "image", len(positions)) as bar:
+    pool = ThreadPoolExecutor(num_cores())
+    with ExitStack() as stack:
+        # after a signal, no thread is waited for: its disk may never answer
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        bar = stack.enter_context(progress_bar(None, "images", "image", len(positions)))
         for start in range(0, len(positions), chunk_size):
             chunk = positions[start : start + chunk_size]
             pixels, facts, reasons = np.empty((len(chunk), size, size, 3), np.uint8), np.zeros(len(chunk), FACTS), {}

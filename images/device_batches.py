@@ -2,11 +2,13 @@
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
 from images.augment import augment_batch
+from run.signals import Stopped, interruptible
 
 
 class DeviceBatches:
@@ -16,8 +18,9 @@ class DeviceBatches:
     a separate stream while the previous one is computed.
     """
 
-    def __init__(self, loader: Iterable, device: torch.device):
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Iterable, device: torch.device, before_stop: Callable[[], None] | None = None):
+        """before_stop: called if a signal ends the wait for a batch, which may never come."""
+        self.loader, self.device, self._before_stop = loader, device, before_stop
         self._waited, self._gaps = 0.0, []
 
     def __len__(self):
@@ -28,10 +31,25 @@ class DeviceBatches:
             yield from self._copied_ahead()
             return
         started = time.perf_counter()
-        for batch in self.loader:
+        for batch in self._batches():
             self._waited += time.perf_counter() - started
             yield self._to_device(batch)
             started = time.perf_counter()
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        iterator = self._wait_for(lambda: iter(self.loader))
+        while (batch := self._wait_for(lambda: next(iterator, None))) is not None:
+            yield batch
+            del batch  # so that its shared memory is free when the next one arrives
+
+    def _wait_for(self, get: Callable[[], Any]) -> Any:
+        try:
+            with interruptible():
+                return get()
+        except Stopped:
+            if self._before_stop:
+                self._before_stop()
+            raise
 
     def seconds_waited(self) -> float:
         """How long the device had no batch to compute. Waits until a GPU has finished."""
@@ -50,7 +68,7 @@ class DeviceBatches:
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         end_of_step = _time_on(current)
         copied = None
-        for batch in itertools.chain(self.loader, [None]):
+        for batch in itertools.chain(self._batches(), [None]):
             previous = copied
             if batch is not None:
                 with torch.cuda.stream(stream):

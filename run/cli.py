@@ -3,16 +3,23 @@
 import argparse
 import ast
 import math
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from run.log import end_logs, keep_in_log, log_scope
 from run.signals import Stopped
 from run.surroundings import launched_several_times, no_temporary_folder, prepare_surroundings
+
+FLUSH_SECONDS = 2  # for the last lines to be written when the process ends
+THREAD_SECONDS = 2  # for all other threads to end
 
 
 class UserError(Exception):
@@ -56,6 +63,32 @@ def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) 
         except Exception:
             keep_in_log(traceback.format_exc())  # which Python prints later
             raise
+
+
+def end_process(status: int) -> NoReturn:
+    """Leave the process after all its work: no signal changes its status any more, and nothing is waited for.
+
+    A thread that still reads a file from a disk that does not answer, or a reader of the log that does not read, would
+    keep the process for ever.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    def flush():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no such stream
+                stream.flush()
+
+    flushing = threading.Thread(target=flush, daemon=True)
+    flushing.start()
+    flushing.join(FLUSH_SECONDS)
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    for thread in others:
+        thread.join(THREAD_SECONDS / len(others))
+    if flushing.is_alive() or any(t.is_alive() for t in others) or multiprocessing.active_children():
+        os._exit(status)
+    sys.exit(status)
 
 
 class LossyStream:

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+POLL_SECONDS = 0.5
 SECOND_SIGNAL_S = 1  # sooner, it is the same signal sent twice: to the process and to its process group
 
 
@@ -25,6 +28,8 @@ class Signals:
     Signals that were ignored when the process started (SIGINT in the background, SIGHUP under nohup) stay ignored.
     """
 
+    current: "Signals | None" = None  # the one that handles the signals of this process
+
     def __init__(self):
         self.save_requested, self.saved = False, False  # saved: by this process, which can be resumed
         self._stopped_by, self._stopped_at, self._deferred = None, 0.0, False
@@ -38,13 +43,17 @@ class Signals:
             for number, handler in handlers.items()
             if signal.getsignal(number) != signal.SIG_IGN
         }
+        self._pid, self._outer, Signals.current = os.getpid(), Signals.current, self
         return self
 
     def __exit__(self, *_):
+        Signals.current = self._outer
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _on_stop(self, number, frame):
+        if os.getpid() != self._pid:  # a worker that has just been forked: the main process ends it
+            return
         if self._stopped_by:
             if time.monotonic() - self._stopped_at > SECOND_SIGNAL_S:
                 os._exit(128 + number)
@@ -77,3 +86,47 @@ class Signals:
         finally:
             self._deferred = False
         self.raise_if_stopped()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """For waits within `deferred`: a signal raises Stopped at once, or has been raised before the wait begins.
+
+    What is waited for may never come: a batch from a disk or a process that does not answer.
+    """
+    signals = Signals.current
+    if signals is None or not signals._deferred:
+        yield
+        return
+    signals._deferred = False
+    try:
+        signals.raise_if_stopped()
+        yield
+    finally:
+        signals._deferred = True
+
+
+def call_in_thread(function: Callable[[], Any], while_waiting: Callable[[], None] = lambda: None) -> Any:
+    """-> what `function()` returns, which runs in a thread: so a signal ends the wait for it even if it never returns.
+
+    Drivers of databases, for example, wait without looking at signals. while_waiting: called about twice per second;
+    it may raise to give up.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def call():
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:  # raised again in the thread that waits
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if thread.is_alive():
+            while_waiting()
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result

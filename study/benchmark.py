@@ -42,6 +42,7 @@ from study.benchmark_reference import (
     reference_step_rate,
     wait_for_device,
 )
+from study.benchmark_sharing import measure_sharing
 from utils import CBLoss
 
 IMAGE_SIZE, BATCH_SIZE = 224, 32
@@ -66,6 +67,7 @@ def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, out
         "memory": ("memory_mb", lambda: measure_memory(device)),
         "input": ("input", lambda: measure_input(device)),
         "step": ("step", lambda: measure_step(device, compile)),
+        "sharing": ("sharing", lambda: measure_sharing(device, SAMPLES_PER_CLS, median_rates)),
         "evaluation": ("evaluation", measure_evaluation),
         "startup": ("startup", lambda: measure_startup(device)),
     }
@@ -365,6 +367,10 @@ def format_table(results: dict) -> str:
         rows.append((title, f"{reference:.2f}", f"{ours:.2f}", f"{ours / reference:.2f}x"))
         shares = f"{step['reference_share_of_peak']:.0%}", f"{step['share_of_peak']:.0%}"
         rows.append((f"share of the matrix peak, {step['peak_gflops']:.0f} GFLOP/s", *shares, ""))
+    if sharing := results.get("sharing"):
+        alone, together = sharing["alone"], sharing["together"]
+        title = "two trainings at once (reference: one alone), 64 px, images/s"
+        rows.append((title, f"{alone:.1f}", f"{together:.1f}", f"{together / alone:.2f}x"))
     if evaluation := results.get("evaluation"):
         reference, ours = (evaluation["resamples_per_second"][name] for name in ("reference", "ours"))
         title = f"bootstrap of {NUM_PREDICTIONS:,} predictions, resamples/s"

@@ -20,8 +20,8 @@ from flags import BEST_METRICS, FOLDER_FLAGS, flag_of, is_neutral
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
 from run.files import read_rows, valid_text
-from run.signals import Signals
-from study.process import RESERVED_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
+from run.signals import Signals, call_in_thread
+from study.process import ANSWER_SECONDS, RESERVED_FLAGS, ProcessPool, TrialProcess, keep_best_model_only, without_flag
 from study.search_results import trial_line, write_search_results
 from study.started_with import check_same_settings
 from study.sweep_yaml import SweepConfig, read_sweep
@@ -45,12 +45,18 @@ def run_search(args: argparse.Namespace, main_flags: list[str]) -> None:
     args.search_dir = args.search_dir or f"search_{Path(args.sweep).stem}"
     try:
         with Signals() as signals:
-            search = Search(args, main_flags, config)
+            search = call_in_thread(lambda: Search(args, main_flags, config))
             try:
                 search.run_trials(signals)
             finally:
+                deadline = time.monotonic() + ANSWER_SECONDS
+
+                def give_up():
+                    if time.monotonic() > deadline:
+                        signals.raise_if_stopped()
+
                 with suppress(*STORAGE_ERRORS if signals.stopped else ()):
-                    write_search_results(search.study, config, search.folder, search.command_flags)
+                    call_in_thread(search.write_results, give_up)
     except STORAGE_ERRORS as error:
         raise UserError(f"--storage: {first_line(error)}") from error
     if search.failures and not search.trials_in(TrialState.COMPLETE):
@@ -177,6 +183,9 @@ class Search:
         """-> the trials of the study that are in one of these states."""
         return self.study.get_trials(deepcopy=False, states=states)
 
+    def write_results(self) -> None:
+        write_search_results(self.study, self.config, self.folder, self.command_flags)
+
     def run_trials(self, signals: Signals) -> None:
         """Raises Stopped after a signal, once all trials have saved."""
         self.pool.supervise(self._poll, signals)
@@ -272,7 +281,9 @@ class Search:
             self._report_epochs(running)
             if has_ended:
                 self._close(running)
-            elif not (running.is_pruned or self.pool.is_stopping) and running.epochs_seen < self.epochs:
+            elif running.is_pruned:
+                running.process.stop()  # again: it is killed if it does not end
+            elif not self.pool.is_stopping and running.epochs_seen < self.epochs:
                 running.is_pruned = running.trial.should_prune()
                 if running.is_pruned:
                     running.process.stop()

@@ -18,7 +18,7 @@ from run.cli import UserError
 from run.cores import num_cores
 from run.folder import LOCK_FILE, locked
 from run.saver import LAST, PREVIOUS
-from run.signals import Signals
+from run.signals import Signals, call_in_thread
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 # flags of main.py that the program that starts a run sets itself, or that make no sense for its runs
@@ -26,6 +26,8 @@ RESERVED_FLAGS = frozenset({"run_dir", "resume", "auto_resume", "output_dir", "e
 SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_SECONDS = 1
+STOP_SECONDS = 300  # for a process to save and end; after that it is killed
+ANSWER_SECONDS = 10  # for a database to answer after a signal, once all processes have ended
 
 
 def refuse_flags(words: list[str], refused: Collection[str], reason: str = SET_PER_RUN) -> None:
@@ -61,7 +63,7 @@ class TrialProcess:
         program = [sys.executable, str(MAIN)]
         command = [*program, *flags, *_device_flags(flags, slot), "--run_dir", str(run_dir), "--auto_resume"]
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        self._is_asked_to_stop = False
+        self._asked_at: float | None = None  # when it was asked to stop
         with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             self._log_start = log.tell()
             log.write(f"$ {shlex.join(command)}\n")
@@ -81,10 +83,17 @@ class TrialProcess:
         return self.status in (*(-number for number in STOP_SIGNALS), *(128 + number for number in STOP_SIGNALS))
 
     def stop(self) -> None:
-        """Ask the process to save and end. It is asked once: a second signal would end it before it has saved."""
-        if self.status is None and not self._is_asked_to_stop:
-            self._is_asked_to_stop = True
+        """Ask the process to save and end, once: a second signal would end it before it has saved.
+
+        Called again, it kills a process that has not ended after `STOP_SECONDS`.
+        """
+        if self.status is not None:
+            return
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
             self._process.terminate()
+        elif time.monotonic() - self._asked_at > STOP_SECONDS:
+            self._process.kill()
 
     def wait(self) -> None:
         self._process.wait()
@@ -108,6 +117,7 @@ class ProcessPool:
         self.jobs = jobs
         self.processes: list[TrialProcess] = []  # started and not released yet
         self.is_stopping = False
+        self._ended_at: float | None = None  # when all had ended after a signal
         self._asked_to_end: set[str] = set()  # folders whose left-over process was asked to end
 
     def num_free(self) -> int:
@@ -129,7 +139,8 @@ class ProcessPool:
         """Call `poll()`, which starts and releases processes, about once per second until it returns False.
 
         After a signal, all processes are asked to save and end, and `is_stopping` is set: `poll` starts no more then.
-        No process outlives this call. Raises Stopped after a signal, once all have ended.
+        No process outlives this call. Raises Stopped after a signal, once all have ended, also if `poll` waits for a
+        database that does not answer.
         """
         with signals.deferred():
             try:
@@ -137,22 +148,35 @@ class ProcessPool:
                 while has_more:
                     if signals.stopped:
                         self.stop_all()
-                    has_more = poll()
+                    has_more = call_in_thread(poll, lambda: self._look_after(signals))
                     time.sleep(POLL_SECONDS if has_more else 0)
             finally:
                 self.stop_all()
                 self.wait()
 
+    def _look_after(self, signals):
+        """Also while `poll` waits: ask the processes to end after a signal; raise Stopped if nothing else is left."""
+        if not signals.stopped:
+            return
+        self.stop_all()
+        if any(process.status is None for process in self.processes):
+            self._ended_at = None
+            return
+        self._ended_at = self._ended_at or time.monotonic()
+        if time.monotonic() - self._ended_at > ANSWER_SECONDS:
+            signals.raise_if_stopped()
+
     def stop_all(self) -> None:
-        """Ask all processes to save and end."""
+        """Ask all processes to save and end; kill those that have not after `STOP_SECONDS`."""
         self.is_stopping = True
         for process in self.processes:
             process.stop()
 
     def wait(self) -> None:
-        """Wait until all processes have ended."""
-        for process in self.processes:
-            process.wait()
+        """Wait until all processes have ended, which are asked to first."""
+        while any(process.status is None for process in self.processes):
+            self.stop_all()
+            time.sleep(POLL_SECONDS / 10)
 
     def stop_left_over(self, run_dir: str | Path) -> bool:
         """Whether a process that nobody supervises any more, as its program was killed, still works in a run's folder.

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 
 import bench
-from study import benchmark
+from study import benchmark, benchmark_sharing
 
 SMALL_SIZES = {
     "IMAGE_SIZE": 32,
@@ -38,12 +38,15 @@ def small_bench(tmp_path_factory):
             patch.setattr(benchmark, name, value)
         # the reference in this process: a new one takes seconds to import torch
         patch.setattr(benchmark, "reference_process", lambda: ThreadPoolExecutor(1))
+        patch.setattr(benchmark_sharing, "reference_process", lambda: ThreadPoolExecutor(1))
+        for name, value in {"SIDE": 32, "BATCH": 2, "SECONDS": 0}.items():
+            patch.setattr(benchmark_sharing, name, value)
         assert bench.main(["--device", "cpu", "--output", str(output)]) == 0
     return json.loads(output.read_text())
 
 
 def test_every_part_is_measured_and_written(small_bench):
-    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine"}
+    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine", "sharing"}
     for rates in (small_bench["input"]["48"], small_bench["input"]["64"]):
         assert set(rates) == {"reference", "cold", "warm"} and all(rate > 0 for rate in rates.values())
     step = small_bench["step"]
@@ -51,6 +54,7 @@ def test_every_part_is_measured_and_written(small_bench):
         step["images_per_second"] * step["gflop_per_image"] / step["peak_gflops"]
     )
     assert step["reference_images_per_second"] > 0
+    assert set(small_bench["sharing"]) == {"alone", "together"} and all(r > 0 for r in small_bench["sharing"].values())
     rates = small_bench["evaluation"]["resamples_per_second"]
     assert rates["ours"] > rates["reference"] > 0 and small_bench["evaluation"]["near_duplicates_s"] > 0
     assert set(small_bench["startup"]) == {"70", "140"}

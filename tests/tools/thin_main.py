@@ -10,6 +10,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import main
 import resnet_custom
+from run.cli import end_process
 
 
 def thin_resnet50():
@@ -26,4 +27,4 @@ def thin_resnet50():
 
 if __name__ == "__main__":
     resnet_custom.resnet50 = thin_resnet50
-    sys.exit(main.main())
+    end_process(main.main())

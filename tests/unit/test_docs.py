@@ -19,7 +19,7 @@ COMMANDS = {
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
 # placeholders, another spelling, and options of other tools
-NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--image-size", "--rounds", "--signal"}
+NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--image-size", "--rounds", "--signal", "--shm-size"}
 
 
 def by_name(path):

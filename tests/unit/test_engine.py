@@ -319,3 +319,13 @@ def test_running_out_of_gpu_memory_is_an_error_that_names_the_flags_that_help():
         one_epoch(make_engine(criterion=OutOfMemory()), batches())
     with pytest.raises(UserError, match="--batch_size"):
         make_engine(criterion=OutOfMemory()).evaluate(batches(), "validation")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux lists them")
+def test_an_evaluation_keeps_no_shared_memory_of_its_workers():
+    """Each batch that is kept would take an open file: an evaluation of many images would reach the limit."""
+    open_files = []
+    images = [(torch.zeros(3, 9, 9, dtype=torch.uint8), target % 3) for target in range(60)]
+    loader = dataset_double.DataLoader(images, 2, num_workers=1)
+    make_engine().evaluate(loader, "val", lambda: open_files.append(len(os.listdir("/proc/self/fd"))))
+    assert max(open_files) < open_files[0] + 15

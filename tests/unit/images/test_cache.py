@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from images.cache import CacheIndex, CacheWriter, ImageCache, read_all
 from images.decode import FACTS, ONE_COLOR, read_image
 from images.folders import ImageIndex, Paths, file_stat, index_folders
 from run.cli import UserError
+from run.signals import Signals, Stopped
 
 SIZE = 16
 
@@ -245,6 +247,25 @@ def test_processes_that_fill_the_cache_at_once_do_not_disturb_each_other(tmp_pat
     cache, rows, _ = fill(tmp_path / "cache", photos)
     check_pixels(cache, rows, photos)
     assert pixel_file(tmp_path / "cache").stat().st_size == 150 * ROW
+
+
+def test_a_signal_ends_the_wait_for_another_process_and_for_a_file_that_cannot_be_read(tmp_path, photos, monkeypatch):
+    def stop_soon():
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "cache" / f"{SIZE}px_v{images.cache.FORMAT_VERSION}"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock, pytest.raises(Stopped), Signals():
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stop_soon()
+        fill(tmp_path / "cache", photos)
+    disk_answers = threading.Event()
+    monkeypatch.setattr(images.cache, "decode", lambda *_: disk_answers.wait())
+    with pytest.raises(Stopped), Signals():
+        stop_soon()
+        fill(tmp_path / "cache", photos)
+    disk_answers.set()
 
 
 def test_a_full_disk_gets_its_space_back_and_images_are_decoded_on_use(tmp_path, photos, capsys):

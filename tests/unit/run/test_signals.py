@@ -1,13 +1,16 @@
 """Signals: a second one ends the process, ignored ones stay ignored."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import pytest
 from helpers import ROOT
 
-from run.signals import Signals
+from run.signals import Signals, Stopped, call_in_thread, interruptible
 
 
 def test_a_second_signal_ends_the_process_at_once_unless_it_is_a_duplicate():
@@ -36,3 +39,47 @@ def test_ignored_signals_stay_ignored():
             assert not signals.stopped
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_a_deferred_signal_ends_a_wait_at_once_whenever_it_came():
+    """Before the wait, or during it; outside of waits it is only noted."""
+    for sent_before in (True, False):
+        with pytest.raises(Stopped), Signals() as signals, signals.deferred():
+            if sent_before:
+                signal.raise_signal(signal.SIGTERM)
+            reached = "step"
+            with interruptible():
+                reached = "wait"
+                threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
+                threading.Event().wait(60)
+                reached = "end"
+        assert reached == ("step" if sent_before else "wait")
+
+
+def test_a_worker_that_has_just_been_forked_is_not_stopped_by_a_signal_to_the_process_group():
+    with Signals():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_call_in_a_thread_returns_raises_and_is_given_up():
+    assert call_in_thread(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        call_in_thread(lambda: 1 / 0)
+    never, started = threading.Event(), time.monotonic()
+    threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
+    with pytest.raises(Stopped), Signals():
+        call_in_thread(never.wait)
+    with pytest.raises(TimeoutError):
+        call_in_thread(never.wait, give_up)
+    assert time.monotonic() - started < 10
+
+
+def give_up():
+    raise TimeoutError

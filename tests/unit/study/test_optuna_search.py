@@ -3,7 +3,10 @@
 import argparse
 import os
 import signal
+import sqlite3
 import threading
+import time
+from contextlib import closing
 
 import pytest
 import sqlalchemy
@@ -14,7 +17,7 @@ from flags import build_parser
 from run.cli import UserError
 from run.folder import locked
 from run.signals import Signals, Stopped
-from study.optuna_search import IN_USE, Search, is_process, sqlite_url
+from study.optuna_search import IN_USE, Search, is_process, run_search, sqlite_url
 from study.sweep_yaml import read_sweep
 
 SWEEP = {
@@ -84,6 +87,32 @@ def test_a_signal_ends_the_search_even_if_the_storage_does_not_respond(tmp_path,
     with pytest.raises(Stopped), Signals() as signals:
         search.run_trials(signals)
     assert capsys.readouterr().out.count("warning: the storage does not respond") == 1
+
+
+def test_a_signal_ends_the_search_even_if_the_storage_never_answers(tmp_path, monkeypatch):
+    """The connection to a database server whose machine is gone: its driver waits and looks at no signal."""
+    monkeypatch.setattr(study.process, "ANSWER_SECONDS", 0.1)
+    search = open_search(tmp_path, "--data_dirs", "a")
+    monkeypatch.setattr(search.study, "get_trials", lambda *_, **__: threading.Event().wait())
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), Signals() as signals:
+        search.run_trials(signals)
+
+
+def test_a_signal_ends_the_wait_for_a_locked_database_at_once(tmp_path):
+    """SQLite waits in C, where Python cannot handle a signal."""
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    search_dir = tmp_path / "found"
+    search_dir.mkdir()
+    own_flags = {"sweep": str(tmp_path / "sweep.yaml"), "trials": 1, "jobs": 1, "search_dir": str(search_dir)}
+    args = argparse.Namespace(**own_flags, study=None, search_seed=0, storage=None)
+    with closing(sqlite3.connect(search_dir / "study.db")) as database:
+        database.execute("begin exclusive")
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        started = time.monotonic()
+        with pytest.raises(Stopped):
+            run_search(args, ["--data_dirs", "a"])
+        assert time.monotonic() - started < 3
 
 
 def test_a_trial_whose_folder_is_in_use_is_recognized_by_the_error_of_main(tmp_path):

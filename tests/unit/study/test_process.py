@@ -109,6 +109,19 @@ def test_after_a_signal_every_process_is_asked_once_to_save_and_none_outlives_th
     assert all((tmp_path / name / "saved").exists() for name in "ab")
 
 
+def test_a_process_that_does_not_end_after_a_signal_is_killed(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.process, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(study.process, "STOP_SECONDS", 0.5)
+    program.write_text("import time; time.sleep(600)")
+    pool = ProcessPool(1)
+    process = pool.start([], tmp_path / "a")
+    os.kill(process._process.pid, signal.SIGSTOP)  # as one that waits for a disk that does not answer
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), Signals() as signals:
+        pool.supervise(lambda: process.status is None, signals)
+    assert process.status == -signal.SIGKILL
+
+
 def test_processes_are_stopped_if_their_supervision_fails(program, tmp_path):
     program.write_text("import time; time.sleep(60)")
     pool = ProcessPool(1)
