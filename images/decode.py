@@ -154,7 +154,8 @@ def decode(path: str | Path, size: int, resize: str = "stretch") -> tuple[np.nda
     image, is_dark = _load(path, size)
     aspect = max(image.size) / min(image.size)
     image = _to_square(image, size, resize)  # frees the former image, whose memory is still in the processor's cache
-    return np.asarray(image), (aspect, ONE_COLOR * _is_one_color(image) | TOO_DARK * is_dark)
+    pixels = np.asarray(image)
+    return pixels, (aspect, ONE_COLOR * _is_one_color(pixels) | TOO_DARK * is_dark)
 
 
 def _to_square(image, size, resize):
@@ -172,11 +173,11 @@ def _to_square(image, size, resize):
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def _is_one_color(image):
-    corner, middle = image.getpixel((0, 0)), image.getpixel((image.width // 2, image.height // 2))
+def _is_one_color(pixels):
+    corner, middle = pixels[0, 0].tolist(), pixels[len(pixels) // 2, len(pixels) // 2].tolist()
     if any(abs(a - b) > SAME_COLOR for a, b in zip(corner, middle, strict=True)):  # nearly always
         return False
-    return all(high - low <= SAME_COLOR for low, high in image.getextrema())
+    return bool(np.ptp(pixels.reshape(-1, 3), axis=0).max() <= SAME_COLOR)
 
 
 def read_image(path: str | Path, size: int, resize: str = "stretch") -> np.ndarray:
