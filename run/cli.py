@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
-from run.signals import Stopped
+from run.signals import CALL, POLL_SECONDS, Signals, Stopped, is_writable
 
 FLUSH_SECONDS = 2  # for the last lines to be written when the process ends
 THREAD_SECONDS = 2  # for all other threads to end
@@ -66,7 +66,8 @@ def end_process(status: int) -> NoReturn:
     flushing = threading.Thread(target=flush, daemon=True)
     flushing.start()
     flushing.join(FLUSH_SECONDS)
-    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    # also those that were given up: at its exit, the library that they are in would wait for them
+    others = [t for t in threading.enumerate() if (not t.daemon or t.name == CALL) and t is not threading.main_thread()]
     for thread in others:
         thread.join(THREAD_SECONDS / len(others))
     if flushing.is_alive() or any(t.is_alive() for t in others) or multiprocessing.active_children():
@@ -75,15 +76,29 @@ def end_process(status: int) -> NoReturn:
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`."""
+    """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`.
+
+    After a signal, it also drops what it would have to wait for: a pipe that nobody reads.
+    """
 
     def __init__(self, stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # ValueError: the stream is closed
-            self._stream.write(text)
+            if self._is_read():
+                self._stream.write(text)
         return len(text)
+
+    def _is_read(self):
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):  # in memory, or closed
+            return True
+        while not is_writable(descriptor, POLL_SECONDS):
+            if Signals.current and Signals.current.stopped:
+                return False
+        return True
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
