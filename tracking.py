@@ -5,6 +5,7 @@ import os
 import secrets
 import shlex
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,11 +18,12 @@ from images.folders import ImageIndex
 from run.cli import UserError, first_line
 from run.files import valid_text
 from run.progress import Progress
-from run.signals import Stopped
+from run.signals import Stopped, call_in_thread
 from run.surroundings import is_writable, user_folder
 
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120  # for uploads that remain at the end; a server that is gone delays nobody for longer
+STOP_TIMEOUT_S = 10  # for uploads after a signal: who sends one often kills the process soon
 SWEEP_TIMEOUT_S = 10
 TABLE_IMAGE_SIZE = 224  # pixels
 PR_POINTS = 51  # per curve
@@ -254,19 +256,29 @@ class WandbRun:
                 with self._never_stopping_the_training():
                     if not self._was_stopped_by_sweep():
                         self._run.mark_preempting()  # the sweep hands it out again
-            self._finish(error.status if isinstance(error, Stopped) else int(error is not None))
+            self._finish(error if isinstance(error, Stopped) else None, int(error is not None))
 
-    def _finish(self, exit_code):
+    def _finish(self, stopped, exit_code):
         offline, folder, is_complete = self._run.offline, Path(self._run.dir).parent, True
-        try:
-            self._run.finish(exit_code=exit_code)
+        started = time.monotonic()
+
+        def give_up():
+            if stopped and time.monotonic() - started > STOP_TIMEOUT_S:
+                raise stopped
+
+        try:  # in a thread: the client itself does not end its wait at a signal
+            exit_code = stopped.status if stopped else exit_code
+            call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)
         except Exception:  # no answer in time, or the process of the client is gone
             is_complete = False
             with suppress(Exception):  # otherwise the client would complain again when Python ends
-                self._wandb.teardown()
+                call_in_thread(self._wandb.teardown, give_up)
+        except Stopped as stop:
+            print(f"W&B: not everything was uploaded; to upload the rest: {_sync_command(folder)}")
+            raise stop from None
         if offline or not is_complete:
             what = "to upload this run" if offline else "not everything was uploaded; to upload the rest"
-            print(f"W&B: {what}: wandb login && {shlex.join(['wandb', 'sync', str(folder)])}")
+            print(f"W&B: {what}: {_sync_command(folder)}")
 
     def _is_active(self):
         return self._run and not self._has_failed
@@ -284,6 +296,10 @@ class WandbRun:
         )
         (run,) = (run for run in sweep["runs"] if run["name"] == self.id)
         return run["shouldStop"] or run["stopped"]
+
+
+def _sync_command(folder):
+    return f"wandb login && {shlex.join(['wandb', 'sync', str(folder)])}"
 
 
 def _provide_folders(folder):

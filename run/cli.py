@@ -15,7 +15,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
 from run.log import end_logs, keep_in_log, log_scope
-from run.signals import Stopped
+from run.signals import CALL, POLL_SECONDS, Signals, Stopped, takes_bytes
 from run.surroundings import launched_several_times, no_temporary_folder, prepare_surroundings
 
 FLUSH_SECONDS = 2  # for the last lines to be written when the process ends
@@ -83,7 +83,8 @@ def end_process(status: int) -> NoReturn:
     flushing = threading.Thread(target=flush, daemon=True)
     flushing.start()
     flushing.join(FLUSH_SECONDS)
-    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    # also those that were given up: at its exit, the library that they are in would wait for them
+    others = [t for t in threading.enumerate() if (not t.daemon or t.name == CALL) and t is not threading.main_thread()]
     for thread in others:
         thread.join(THREAD_SECONDS / len(others))
     if flushing.is_alive() or any(t.is_alive() for t in others) or multiprocessing.active_children():
@@ -93,6 +94,8 @@ def end_process(status: int) -> NoReturn:
 
 class LossyStream:
     """A text stream that drops what it cannot write: a training outlives a full disk under its log, and `| tee`.
+
+    After a signal, it also drops what it would have to wait for: a pipe that nobody reads.
 
     What is written is kept in the log of the run too, except through `unlogged`.
     """
@@ -106,10 +109,21 @@ class LossyStream:
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # ValueError: the stream is closed
-            self._stream.write(text)
+            if self._is_read():
+                self._stream.write(text)
         if self._is_logged:
             keep_in_log(text)
         return len(text)
+
+    def _is_read(self):
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):  # in memory, or closed
+            return True
+        while not takes_bytes(descriptor, POLL_SECONDS):
+            if Signals.current and Signals.current.stopped:
+                return False
+        return True
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):

@@ -1,7 +1,9 @@
 """Signals that stop a run after it has saved, or ask it to save."""
 
 import os
+import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 POLL_SECONDS = 0.5
+CALL = "call_in_thread"  # name of the threads, which may never end
 SECOND_SIGNAL_S = 1  # sooner, it is the same signal sent twice: to the process and to its process group
 
 
@@ -63,7 +66,8 @@ class Signals:
             raise Stopped(number)
         with suppress(OSError):  # nobody reads it any more: tee ends at the same Ctrl-C
             # not print, which may be running when the signal arrives
-            os.write(1, b"stopping after this step; a second signal ends the process at once\n")
+            if takes_bytes(1, seconds=0):
+                os.write(1, b"stopping after this step; a second signal ends the process at once\n")
 
     def _on_save(self, number, frame):
         self.save_requested = True
@@ -86,6 +90,11 @@ class Signals:
         finally:
             self._deferred = False
         self.raise_if_stopped()
+
+
+def takes_bytes(descriptor: int, seconds: float) -> bool:
+    """Whether a stream takes a line now or within `seconds`: a full pipe that nobody reads takes none."""
+    return sys.platform == "win32" or bool(select.select([], [descriptor], [], seconds)[1])
 
 
 @contextmanager
@@ -120,7 +129,7 @@ def call_in_thread(function: Callable[[], Any], while_waiting: Callable[[], None
         except BaseException as error:  # raised again in the thread that waits
             outcome.append((None, error))
 
-    thread = threading.Thread(target=call, daemon=True)
+    thread = threading.Thread(target=call, daemon=True, name=CALL)
     thread.start()
     while thread.is_alive():
         thread.join(POLL_SECONDS)

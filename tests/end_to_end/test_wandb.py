@@ -93,6 +93,22 @@ def test_losing_the_server_during_a_run_does_not_stop_the_training(tmp_path, dat
     assert f"wandb sync {tmp_path}/run/wandb/run-" in line
 
 
+def test_a_signal_waits_only_briefly_for_a_server_that_hangs(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment}
+    process = start_thin_main(
+        "--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 300, "--run_dir", tmp_path / "run", **env
+    )
+    while "W&B: http" not in process.stdout.readline():
+        assert process.poll() is None
+    server.hanging = True
+    while not process.stdout.readline().startswith("epoch   1"):
+        assert process.poll() is None
+    process.terminate()
+    out, err = process.communicate(timeout=60)  # the client's own limit is FINISH_TIMEOUT_S, 120 s
+    assert process.returncode == 143 and "Traceback" not in out + err
+    assert "W&B: not everything was uploaded" in out and "stopped; resume with" in err
+
+
 def run_printed_sync(out, env, folder):
     (line,) = [line for line in out.splitlines() if "wandb sync" in line]
     command = shlex.split(line.partition("wandb login && ")[2])

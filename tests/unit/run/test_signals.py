@@ -1,6 +1,7 @@
 """Signals: a second one ends the process, ignored ones stay ignored."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import threading
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, wait_for
 
 from run.signals import Signals, Stopped, call_in_thread, interruptible
 
@@ -83,3 +84,27 @@ def test_a_call_in_a_thread_returns_raises_and_is_given_up():
 
 def give_up():
     raise TimeoutError
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into a pipe as Linux allows")
+def test_a_signal_ends_a_process_whose_output_nobody_reads():
+    script = """
+from run.cli import end_process, run_command
+from run.signals import Signals
+
+def run(argv):
+    with signals.deferred():
+        while not signals.stopped:
+            print("x" * 99, flush=True)
+
+with Signals() as signals:
+    end_process(run_command(run, []))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) as process:
+        process.stdout.read(1)
+        with open(f"/proc/{process.pid}/fd/1", "wb") as pipe:
+            wait_for(lambda: not select.select([], [pipe], [], 0)[1])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+        assert process.stderr.read() == b"stopped; resume with the same command\n"
