@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from run.cli import Parser, UserError, end_process, run_command
-from run.cores import let_waiting_threads_sleep
 
 PARTS = ("input", "step", "sharing", "evaluation", "startup", "memory")
 
@@ -29,7 +28,6 @@ def run(argv: list[str]) -> int:
     if "memory" in args.parts and not Path("/proc/self/smaps_rollup").exists():
         raise UserError("--parts: memory can be measured only on Linux; list the other parts")
 
-    let_waiting_threads_sleep()  # as main.py does
     from run.machine import choose_device, keep_freed_memory
     from run.signals import Signals, Stopped
     from study.benchmark import format_table, measure_parts

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from flag_checks import parse_flags, trains_all_folds
 from flags import is_ordinal
 from run.cli import UserError, end_process, run_command
-from run.cores import let_waiting_threads_sleep
 from run.folder import FOLDS_FILE
 from run.signals import Signals, Stopped
 from run.workers import end_workers
@@ -227,7 +226,6 @@ def prepare_process(args: argparse.Namespace) -> "torch.device":
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 / 129 stopped by Ctrl-C / SIGTERM / SIGHUP"""
-    let_waiting_threads_sleep()
     with Signals() as signals:
         return run_command(functools.partial(run, signals=signals), argv)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from images.augment import augment_batch
+from run.cores import num_cores
 from run.signals import Stopped, interruptible
+from run.turns import turns_of
 
 
 class DeviceBatches:
@@ -30,10 +32,18 @@ class DeviceBatches:
         if self.device.type == "cuda":
             yield from self._copied_ahead()
             return
+        turns = turns_of(torch.get_num_threads(), num_cores()) if self.device.type == "cpu" else None
         started = time.perf_counter()
         for batch in self._batches():
             self._waited += time.perf_counter() - started
-            yield self._to_device(batch)
+            if turns is None:
+                yield self._to_device(batch)
+            else:
+                self._wait_for(turns.take)
+                try:
+                    yield self._to_device(batch)
+                finally:
+                    turns.give_back()
             started = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -1,8 +1,4 @@
-"""The CPU cores: how many this process may use, and how it leaves them to others."""
-
-import os
-
-SPINS = "1000"  # about 50 microseconds
+"""How many CPU cores this process may use."""
 
 
 def num_cores() -> int:
@@ -10,13 +6,3 @@ def num_cores() -> int:
     from joblib import cpu_count  # joblib takes longer to import than most commands take to parse their flags
 
     return cpu_count()
-
-
-def let_waiting_threads_sleep() -> None:
-    """Bound how long a thread of OpenMP that waits for the others keeps its core busy. Call it before torch is loaded.
-
-    By itself, it spins for milliseconds, and two trainings at once on the same cores keep each other from computing.
-    What the user has set stays.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # of the GNU library, which torch has on Linux

@@ -73,7 +73,7 @@ WRONG = {
     "nan": ({"parameters": {"gamma": {"values": [float("nan"), 1]}}}, "parameters.gamma.values: nan"),
     "refused by main.py": ({"parameters": {"dropout_prob": {"values": [0.1, 3]}}}, "parameters.dropout_prob: argument"),
     "a float for an int": (
-        {"parameters": {"epochs": {"distribution": "q_uniform", "min": 1, "max": 5, "q": 1.0}}},
+        {"parameters": {"epochs": {"distribution": "q_uniform", "min": 1.5, "max": 5, "q": 0.5}}},
         "parameters.epochs: argument",
     ),
     "twice": ({"parameters": {"lr": {"value": 1}, "learning_rate": {"value": 2}}}, "are the same flag"),

@@ -1,9 +1,19 @@
 """Batches on the device: in order, and how long they are waited for."""
 
+import contextlib
+import os
+import signal
+import threading
+
 import pytest
 import torch
 
+import images.device_batches
 from images.device_batches import DeviceBatches
+from run.signals import Signals, Stopped
+from run.turns import Turns
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -15,3 +25,39 @@ def test_batches_copied_ahead_arrive_intact_and_in_order():
     for (images, targets), (expected_images, expected_targets) in zip(received, expected, strict=True):
         assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
     assert device_batches.seconds_waited() >= 0
+
+
+class RecordedTurns:
+    def __init__(self):
+        self.events = []
+
+    def take(self):
+        self.events.append("take")
+
+    def give_back(self):
+        self.events.append("give back")
+
+
+def test_on_a_cpu_each_batch_is_computed_in_a_turn_that_is_given_back(monkeypatch):
+    turns = RecordedTurns()
+    monkeypatch.setattr(images.device_batches, "turns_of", lambda *_: turns)
+    batch = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    for _ in DeviceBatches([batch, batch], CPU):
+        turns.events.append("compute")
+    assert turns.events == ["take", "compute", "give back"] * 2
+    with pytest.raises(ZeroDivisionError), contextlib.closing(iter(DeviceBatches([batch], CPU))) as iterator:
+        next(iterator)
+        raise ZeroDivisionError
+    assert turns.events[-2:] == ["take", "give back"]
+
+
+def test_a_signal_ends_the_wait_for_a_turn(monkeypatch, tmp_path):
+    others, ours, saved = Turns(tmp_path / "cores"), Turns(tmp_path / "cores"), []
+    monkeypatch.setattr(images.device_batches, "turns_of", lambda *_: ours)
+    batch = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    others.take()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped), Signals() as signals, signals.deferred():
+        next(iter(DeviceBatches([batch], CPU, lambda: saved.append(True))))
+    others.give_back()
+    assert saved == [True]
