@@ -107,7 +107,7 @@ class WandbRun:
             except Exception as error:  # of the client, of its process, of its server
                 self._wandb.teardown()  # otherwise the id of the run that did not start counts as taken
                 if DELETED in str(error):
-                    run = self._start_anew(args, arguments)
+                    run = self._start_under_new_id(args, arguments)
                 why_offline = f" ({first_line(error) or type(error).__name__})"
         if run:
             print(f"W&B: {run.url}")
@@ -128,7 +128,7 @@ class WandbRun:
         with self._naming_refused_flags():
             return self._wandb.init(mode="online", **arguments)
 
-    def _start_anew(self, args, arguments):
+    def _start_under_new_id(self, args, arguments):
         """Start a new run, as the server never takes the id of a deleted one again."""
         if args.wandb_id or args.wandb_resume == "must":
             raise UserError(f"--wandb_id: the run {self.id} was deleted from the server; omit it to log to a new run")

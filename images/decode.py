@@ -153,7 +153,7 @@ def decode(path: str | Path, size: int, resize: str = "stretch") -> tuple[np.nda
     """
     image, is_dark = _load(path, size)
     aspect = max(image.size) / min(image.size)
-    image = _to_square(image, size, resize)  # frees the former image, whose memory is still in the processor's cache
+    image = _to_square(image, size, resize)  # frees the full image, while its memory is still in the processor's cache
     pixels = np.asarray(image)
     return pixels, (aspect, ONE_COLOR * _is_one_color(pixels) | TOO_DARK * is_dark)
 
