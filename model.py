@@ -25,6 +25,9 @@ CHECKPOINT_TYPES = {
     "averaged_steps": int,  # with --ema, the number of averaged steps
     "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
     "posthoc": (dict, type(None)),  # tau and temperature, fitted at the end of the training
+    # {"probabilities": (N, C) float32, "targets": (N,) int64} of the val images in the order of "splits", stored when
+    # the training has ended, for prediction sets
+    "val_outputs": (dict, type(None)),
     "best_metric": float, "best_metric_name": str, "best_epoch": int,
     "history": list,  # the rows of history.csv
     "classes": list, "samples_per_cls": list, "args": dict, "wandb_id": (str, type(None)),
@@ -32,6 +35,7 @@ CHECKPOINT_TYPES = {
     "rng_state": dict,
     "decoder_version": int,  # of the training images, see images/decode.py
 }  # fmt: skip
+ABSENT_KEYS = {"decoder_version": 1, "val_outputs": None}  # what older checkpoints, which lack these keys, mean
 
 
 class CosineHead(nn.Module):
@@ -156,7 +160,8 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> dict:
     """Raises Damaged if the file is not as it was written, UserError if it cannot be read or is not a checkpoint."""
     checkpoint = read_torch_file(path, flag)
     if isinstance(checkpoint, dict):
-        checkpoint.setdefault("decoder_version", 1)  # that of older checkpoints, which do not say it
+        for key, value in ABSENT_KEYS.items():
+            checkpoint.setdefault(key, value)
     if key := _first_wrong_key(checkpoint if isinstance(checkpoint, dict) else {}):
         raise UserError(f"{flag}: {path} is not a checkpoint of this version: its {key!r} is missing or invalid")
     return checkpoint

@@ -218,6 +218,7 @@ def snapshot(
         "scheduler_state_dict": engine.scheduler.state_dict(),
         "scaler_state_dict": engine.scaler.state_dict(),
         "posthoc": None,
+        "val_outputs": None,
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,
         "best_epoch": progress.best_epoch,

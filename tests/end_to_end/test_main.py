@@ -27,7 +27,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 import images.demo
 import report
 from model import CHECKPOINT_TYPES, Model, load_checkpoint
-from run.files import HISTORY_COLUMNS, read_rows
+from run.files import HISTORY_COLUMNS, read_predictions, read_rows
 
 pytestmark = pytest.mark.usefixtures("thin_network")  # processes that a test starts use the full ResNet-50
 
@@ -103,6 +103,15 @@ def test_the_posthoc_adjustment_is_stored_in_the_best_model_and_reused(copied_ru
     assert (evaluated["posthoc"]["tau"], evaluated["posthoc"]["temperature"]) == (0.5, 2.0)
     assert evaluated["test"]["balanced_acc"] == results["test"]["balanced_acc"]
     assert "quadratic_kappa" in evaluated["test"] and set(evaluated["tta"]["test"]) == set(evaluated["test"])
+
+
+def test_the_outputs_for_the_validation_images_are_stored_in_the_best_model(finished_run):
+    best = load_checkpoint(finished_run / "best_model.pth")
+    paths, targets, probabilities = read_predictions(finished_run / "val_predictions.csv", best["classes"])
+    assert paths.tolist() == best["splits"]["val"]
+    assert best["val_outputs"]["targets"].tolist() == targets.tolist()
+    assert best["val_outputs"]["probabilities"].numpy() == pytest.approx(probabilities, rel=1e-6)
+    assert load_checkpoint(finished_run / "last_model.pth")["val_outputs"] is None
 
 
 def test_folds_are_trained_one_after_another_and_summarized(data_dir, tmp_path, capsys):

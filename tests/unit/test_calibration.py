@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from evaluation import adjust, fit_posthoc
+from calibration import adjust, fit_posthoc
 from metrics import full_metrics, summary_metrics
 
 COUNTS = [900, 90, 9]
