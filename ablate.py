@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Compare methods for imbalanced classes on your own images: same number of steps, same images, several seeds.
 
 python ablate.py --data_dirs data/forehead_wrinkles --epochs 30 --seeds 0 1 2
@@ -8,18 +9,19 @@ are passed to main.py for all runs. If the ablation is stopped, the same command
 ablation.csv, ablation.md and ablation.png in --ablate_dir.
 """
 
+from flags import build_parser as build_main_parser
 from run.cli import Parser, UserError, end_process, number, run_command
 
 
 def build_parser() -> Parser:
-    parser = Parser("ablate.py", __doc__)
+    parser = Parser("ablate.py", __doc__, passes_on=build_main_parser)
     add = parser.add_argument
     add(
         "--epochs",
         type=number(int, low=1),
         required=True,
         metavar="E",
-        help="epochs of a method that does not oversample; all methods get its optimizer steps",
+        help="epochs of a method that does not oversample; all methods get its optimizer steps [required]",
     )
     add(
         "--seeds",

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Measure how fast the project is on this machine, side by side with the usual way of doing the same.
 
 python bench.py                     measure everything, print a table, write bench.json
@@ -16,9 +17,9 @@ PARTS = ("input", "step", "sharing", "evaluation", "startup", "memory")
 def build_parser() -> Parser:
     parser = Parser("bench.py", __doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure [all]")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
-    add("--compile", action="store_true", help="use torch.compile in the training step of this project")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=f"{', '.join(PARTS)} [all]")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
+    add("--compile", action="store_true", help="use torch.compile in the training step of this project [off]")
     add("--output", default="bench.json", metavar="FILE", help="results are saved here [bench.json]")
     return parser
 

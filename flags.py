@@ -14,6 +14,8 @@ python main.py --demo
 python main.py --data_dirs data/forehead_wrinkles --train_loss ce --use_augmentation
 python main.py --resume checkpoints_20260101_120000/last_model.pth
 python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
+
+Defaults are in brackets. --no-NAME turns a switch off: --no-pretrained, --no-use_augmentation. docs/flags.md says more.
 """
 
 # ---------------------------------------------------------------------------------------------------------- choices
@@ -57,36 +59,45 @@ NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb
 def build_parser() -> Parser:
     parser = Parser("main.py", DESCRIPTION)
     _add_data_flags(parser.add_argument_group("data"))
-    _add_loss_flags(parser.add_argument_group("imbalance: loss"))
-    _add_sampling_flags(parser.add_argument_group("imbalance: what is trained on, and when"))
-    _add_training_flags(parser.add_argument_group("model and training"))
-    _add_run_flags(parser.add_argument_group("run"))
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_loss_flags(parser.add_argument_group("loss"))
+    _add_sampling_flags(parser.add_argument_group("sampling and augmentation (training images only)"))
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_schedule_flags(parser.add_argument_group("stages, and which epoch is kept"))
+    _add_evaluation_flags(parser.add_argument_group("evaluation"))
+    _add_run_flags(parser.add_argument_group("run and saving"))
+    _add_machine_flags(parser.add_argument_group("machine"))
     _add_wandb_flags(parser.add_argument_group("Weights & Biases"))
     return parser
 
 
 def _add_data_flags(group):
     add = group.add_argument
-    about = "folders with one folder per class, or with train, val and test; same names are merged"
+    about = "folders with one folder per class, or with train, val and test; same names are merged [none]"
     add("--data_dirs", nargs="+", metavar="DIR", help=about)
-    add("--val_dirs", nargs="+", metavar="DIR", help="validation images, instead of a share of --data_dirs")
-    add("--test_dirs", nargs="+", metavar="DIR", help="test images, instead of a share of --data_dirs")
+    add("--val_dirs", nargs="+", metavar="DIR", help="validation images [a share of --data_dirs]")
+    add("--test_dirs", nargs="+", metavar="DIR", help="test images [a share of --data_dirs]")
     add(
         "--split",
         type=number(float, low=0, high=1),
         nargs=3,
         metavar=("TRAIN", "VAL", "TEST"),
         default=[0.6, 0.2, 0.2],
-        help="shares of the images, stratified by class [0.6 0.2 0.2]",
+        help="shares of the images, which add up to 1; stratified by class [0.6 0.2 0.2]",
     )
     add(
         "--group_regex",
         type=regex,
         metavar="REGEX",
-        help="regular expression that finds the subject in a file name; each subject stays in one split",
+        help="regular expression that finds the subject in a file name; each subject stays in one split [none]",
     )
-    add("--folds", type=number(int, low=2), metavar="K", help="cross-validation: K trainings, each image tested once")
-    add("--fold", type=number(int, low=0), metavar="I", help="train only fold I of --folds, counted from 0")
+    add(
+        "--folds",
+        type=number(int, low=2),
+        metavar="K",
+        help="cross-validation: K trainings, each image tested once [off]",
+    )
+    add("--fold", type=number(int, low=0), metavar="I", help="train only fold I of --folds, counted from 0 [all folds]")
     add(
         "--image_size",
         type=number(int, low=32),
@@ -101,18 +112,31 @@ def _add_data_flags(group):
         help="stretch both sides, crop the square in the middle, or pad with black [stretch]",
     )
     add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
-    add("--cache_dir", metavar="DIR", help="folder for decoded images [~/.cache/skin-grading]")
     add(
-        "--no_cache",
-        nargs="?",
-        const=True,
-        default=False,
-        type=boolean,
-        metavar="BOOL",
-        help="do not cache decoded images; decode each image whenever it is used",
+        "--max_megapixels",
+        type=number(float, above=0),
+        default=200,
+        metavar="M",
+        help="refuse images of more than M megapixels [200]",
     )
-    add("--max_megapixels", type=number(float, above=0), default=200, metavar="M", help="refuse larger images [200]")
-    add("--demo", action="store_true", help="draw a small synthetic dataset and train on it")
+    add("--demo", action="store_true", help="draw a small synthetic dataset and train on it [off]")
+
+
+def _add_model_flags(group):
+    add = group.add_argument
+    add_switch(
+        group, "pretrained", True, "start from torchvision's ImageNet weights; --no-pretrained: from random ones"
+    )
+    add(
+        "--weights", metavar="FILE", help="start from this file: torchvision's weights, or a checkpoint of a run [none]"
+    )
+    add(
+        "--dropout_prob",
+        type=number(float, low=0, below=1),
+        default=0.3,
+        metavar="P",
+        help="probability of dropout before the head [0.3]",
+    )
 
 
 def _add_loss_flags(group):
@@ -121,7 +145,8 @@ def _add_loss_flags(group):
         "--train_loss",
         choices=TRAIN_LOSSES,
         default="cb",
-        help="loss function; cb is the Class-Balanced Focal loss [cb]",
+        metavar="NAME",
+        help=f"{', '.join(TRAIN_LOSSES)}; cb is the Class-Balanced Focal loss [cb]",
     )
     add(
         "--beta",
@@ -174,13 +199,6 @@ def _add_loss_flags(group):
         metavar="D",
         help="ordinal: the higher, the less weight on neighboring grades [2]",
     )
-    add(
-        "--drw_epoch",
-        type=number(int, low=0),
-        default=0,
-        metavar="E",
-        help="class weights and oversampling start at epoch E [0]",
-    )
 
 
 def _add_sampling_flags(group):
@@ -190,7 +208,7 @@ def _add_sampling_flags(group):
         "--target_samples_per_class",
         type=number(int, low=1),
         metavar="N",
-        help="--use_augmentation: images per class [those of the largest class]",
+        help="--use_augmentation: images per class and epoch [as many as the largest class]",
     )
     add(
         "--augmentation_methods",
@@ -202,13 +220,6 @@ def _add_sampling_flags(group):
     )
     add_switch(group, "augment_all", False, "augment every training image, not only the copies")
     add("--sampling", choices=SAMPLINGS, default="instance", help="how often each class is drawn [instance]")
-    add(
-        "--crt_epochs",
-        type=number(int, low=0),
-        default=0,
-        metavar="N",
-        help="the last N epochs train only a new head, on balanced samples [0]",
-    )
     add(
         "--mixup",
         type=number(float, low=0),
@@ -227,17 +238,9 @@ def _add_sampling_flags(group):
 
 def _add_training_flags(group):
     add = group.add_argument
-    add_switch(group, "pretrained", True, "start from torchvision's ImageNet weights [true]")
-    add("--weights", metavar="FILE", help="start from this file: torchvision's weights, or a checkpoint of a run")
-    add(
-        "--dropout_prob",
-        type=number(float, low=0, below=1),
-        default=0.3,
-        metavar="P",
-        help="dropout before the head [0.3]",
-    )
     add("--epochs", type=number(int, low=1), default=100, metavar="N", help="number of epochs [100]")
     add("--batch_size", type=number(int, low=1), default=32, metavar="N", help="images per batch [32]")
+    add("--grad_accum", type=number(int, low=1), default=1, metavar="N", help="batches per optimizer step [1]")
     add(
         "--learning_rate",
         "--lr",
@@ -246,7 +249,6 @@ def _add_training_flags(group):
         metavar="LR",
         help="learning rate of AdamW [1e-4]",
     )
-    add("--weight_decay", type=number(float, low=0), default=0.01, metavar="W", help="weight decay of AdamW [0.01]")
     add(
         "--warmup_epochs",
         type=number(float, low=0),
@@ -254,14 +256,14 @@ def _add_training_flags(group):
         metavar="E",
         help="epochs of linear warm-up, before the cosine decay to zero [1]",
     )
+    add("--weight_decay", type=number(float, low=0), default=0.01, metavar="W", help="weight decay of AdamW [0.01]")
     add(
         "--clip_grad",
         type=number(float, low=0),
         default=1.0,
         metavar="NORM",
-        help="clip the gradient norm at this value, 0: off [1.0]",
+        help="clip the gradient norm at NORM, 0: off [1.0]",
     )
-    add("--grad_accum", type=number(int, low=1), default=1, metavar="N", help="batches per optimizer step [1]")
     add(
         "--ema",
         type=number(float, low=0, below=1),
@@ -269,23 +271,6 @@ def _add_training_flags(group):
         metavar="DECAY",
         help="validate and keep the moving average of the weights, for example with 0.999 [0: off]",
     )
-    add_switch(group, "progressive", False, "train on smaller images first, on the full size in the last third")
-    add(
-        "--best_metric",
-        choices=BEST_METRICS,
-        default=BEST_METRICS[0],
-        help="validation metric that selects the epoch to keep [val_balanced_acc]",
-    )
-    add(
-        "--patience",
-        type=number(int, low=1),
-        metavar="N",
-        help="stop when --best_metric has not improved for N epochs; the learning rate is planned for all --epochs",
-    )
-    add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
-    add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
-    add("--num_workers", type=number(int, low=0), metavar="N", help="loader processes [0 on a CPU, up to 8 on a GPU]")
     add(
         "--seed",
         type=number(int, low=0, below=2**32),
@@ -295,13 +280,49 @@ def _add_training_flags(group):
     )
 
 
+def _add_schedule_flags(group):
+    add = group.add_argument
+    add(
+        "--drw_epoch",
+        type=number(int, low=0),
+        default=0,
+        metavar="E",
+        help="class weights and oversampling start after E epochs [0]",
+    )
+    add(
+        "--crt_epochs",
+        type=number(int, low=0),
+        default=0,
+        metavar="N",
+        help="the last N epochs train only a new head, on balanced samples [0]",
+    )
+    add_switch(group, "progressive", False, "train on smaller images first, on the full size in the last third")
+    add(
+        "--patience",
+        type=number(int, low=1),
+        metavar="N",
+        help="stop when --best_metric has not improved for N epochs; the learning rate is that of all --epochs [off]",
+    )
+    add(
+        "--best_metric",
+        choices=BEST_METRICS,
+        default=BEST_METRICS[0],
+        help="validation metric that selects the epoch to keep [val_balanced_acc]",
+    )
+
+
+def _add_evaluation_flags(group):
+    add_switch(group, "eval_only", False, "test the checkpoint of --resume without training")
+    add_switch(group, "tta", False, "also test with the mean over each image and its mirror image")
+
+
 def _add_run_flags(group):
     add = group.add_argument
     add(
         "--config",
         default=argparse.SUPPRESS,  # replaced by the flags in it before anything is parsed
         metavar="FILE",
-        help="YAML or JSON file of flags, also args.json of another run; the command line wins",
+        help="YAML or JSON file of flags, also args.json of another run; the command line wins [none]",
     )
     add(
         "--output_dir",
@@ -309,15 +330,19 @@ def _add_run_flags(group):
         metavar="PREFIX",
         help="the run folder is PREFIX_YYYYMMDD_HHMMSS, or inside PREFIX if that is a folder [checkpoints]",
     )
-    add("--run_dir", metavar="DIR", help="name of the run folder; it must not exist yet, except with --auto_resume")
-    add("--resume", metavar="FILE", help="resume from a checkpoint; its flags are the defaults")
+    add(
+        "--run_dir",
+        metavar="DIR",
+        help="name of the run folder; it must not exist yet, except with --auto_resume [PREFIX_YYYYMMDD_HHMMSS]",
+    )
+    add("--resume", metavar="FILE", help="resume from a checkpoint; its flags are the defaults [none]")
     add_switch(group, "auto_resume", False, "resume the run in --run_dir, or start it")
     add(
         "--save_every",
         type=number(int, low=0),
         default=0,
         metavar="N",
-        help="also save every N steps [0: off]",
+        help="also save every N optimizer steps [0: off]",
     )
     add(
         "--save_minutes",
@@ -326,8 +351,24 @@ def _add_run_flags(group):
         metavar="M",
         help="save every M minutes within an epoch, 0: off [10]",
     )
-    add_switch(group, "tta", False, "also test with the mean over each image and its mirror image")
-    add_switch(group, "eval_only", False, "test the checkpoint of --resume without training")
+
+
+def _add_machine_flags(group):
+    add = group.add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
+    add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
+    add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
+    add("--num_workers", type=number(int, low=0), metavar="N", help="loader processes [0 on a CPU, up to 8 on a GPU]")
+    add("--cache_dir", metavar="DIR", help="folder for decoded images [~/.cache/skin-grading]")
+    add(
+        "--no_cache",
+        nargs="?",
+        const=True,
+        default=False,
+        type=boolean,
+        metavar="BOOL",
+        help="do not cache decoded images; decode each image whenever it is used [off]",
+    )
 
 
 def _add_wandb_flags(group):

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Train a ResNet-50 to grade skin conditions from very imbalanced class folders: the experiment from top to bottom.
 
 `train` is the experiment. The flags are in flags.py; python main.py --help lists them.

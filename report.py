@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Compare finished runs: mean and spread over their seeds and folds."""
 
 import json

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Search hyperparameters like a W&B sweep, without W&B: the same sweep.yaml, no account, no network.
 
 python search.py sweep.yaml --trials 20 --data_dirs data/forehead_wrinkles
@@ -8,11 +9,12 @@ Flags that are not listed here are passed to main.py for each trial. The study i
 stopped or killed, the same command resumes it, and unfinished trials from their own checkpoints.
 """
 
+from flags import build_parser as build_main_parser
 from run.cli import Parser, end_process, number, run_command
 
 
 def build_parser() -> Parser:
-    parser = Parser("search.py", __doc__)
+    parser = Parser("search.py", __doc__, passes_on=build_main_parser)
     add = parser.add_argument
     positive = number(int, low=1)
     add("sweep", metavar="YAML", help="configuration of a W&B sweep, such as sweep.yaml")

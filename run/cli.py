@@ -149,17 +149,54 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------- parsing
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One entry per flag, as in docs/flags.md: a switch without its `--no-X`, several values as `DIR...`."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=32, **options)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action, argparse._StoreFalseAction):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action):
+        takes_value = action.nargs != 0 and action.type is not boolean
+        names = self._metavar_formatter(action, action.dest.upper())(
+            action.nargs if isinstance(action.nargs, int) else 1
+        )
+        values = " ".join(names) + ("..." if action.nargs == "+" else "") if takes_value else ""
+        return f"{', '.join(action.option_strings)} {values}".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of exiting. Flags cannot be abbreviated; `--image-size` is
-    `--image_size`."""
+    `--image_size`.
 
-    def __init__(self, prog: str, description: str | None, add_help: bool = True):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, None, description, formatter_class=formatter, allow_abbrev=False, add_help=add_help)
+    passes_on: for a command that passes flags that it does not know to another one, `build_parser` of that.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str | None,
+        add_help: bool = True,
+        passes_on: Callable[[], argparse.ArgumentParser] | None = None,
+    ):
+        super().__init__(prog, None, description, formatter_class=HelpFormatter, allow_abbrev=False, add_help=add_help)
+        self.passes_on = passes_on
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        required = [formatter._format_action_invocation(action) for action in self._actions if action.required]
+        others = [] if self.passes_on is None else [f"[flags of {self.passes_on().prog}]"]
+        self.usage = " ".join(["%(prog)s", *required, "[flags]", *others])  # all flags are listed below it
+        return super().format_help()
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        if "_ARGCOMPLETE" in os.environ and self.add_help:  # not the parser of `--config` alone
+            self._complete()
         words = [self.canonical(word) for word in (sys.argv[1:] if args is None else args)]
         return super().parse_known_args(plain_words(words, self._option_string_actions), namespace)
 
@@ -170,6 +207,19 @@ class Parser(argparse.ArgumentParser):
             return word
         known = {option.replace("-", "_"): option for option in self._option_string_actions}
         return known.get(name.replace("-", "_"), name) + equals + value
+
+    def _complete(self):
+        """Write what the word at the cursor can become, and leave the process. The shell has set `_ARGCOMPLETE`.
+
+        https://kislyuk.github.io/argcomplete/
+        """
+        try:
+            import argcomplete
+        except ImportError:
+            return
+        parents = [self] if self.passes_on is None else [self.passes_on(), self]
+        # without this class's parse_known_args, which argcomplete calls; of two flags with a name, the last one counts
+        argcomplete.autocomplete(argparse.ArgumentParser(parents=parents, add_help=False, conflict_handler="resolve"))
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see python {self.prog} --help)")
@@ -253,7 +303,11 @@ def boolean(text: str) -> bool:
 
 
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
-    """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them."""
+    """`--name`, `--no-name`, and `--name=true` / `--name=false` as W&B sweeps write them.
+
+    Its default is added to `help`.
+    """
+    help += " [on]" if default else " [off]"
     group.add_argument(f"--{name}", nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
     group.add_argument(
         f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=f"turn --{name} off"

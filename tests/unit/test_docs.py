@@ -17,6 +17,18 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "main.py": "flags", "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
 }  # fmt: skip
+# {flag: what its number counts or measures}; another flag with a number is listed in NO_UNIT
+UNITS = {
+    "batch_size": "images", "crt_epochs": "epochs", "drw_epoch": "epochs", "epochs": "epochs", "fold": "fold",
+    "folds": "trainings", "grad_accum": "batches", "image_size": "pixels", "jobs": "at once",
+    "max_megapixels": "megapixels", "num_workers": "processes", "patience": "epochs", "save_every": "steps",
+    "save_minutes": "minutes", "target_samples_per_class": "images", "trials": "trials", "wandb_images": "photographs",
+    "warmup_epochs": "epochs",
+}  # fmt: skip
+NO_UNIT = {
+    "alpha", "beta", "clip_grad", "cutmix", "dropout_prob", "ema", "gamma", "learning_rate", "max_margin", "mixup",
+    "ordinal_decay", "search_seed", "seed", "seeds", "smoothing", "split", "tau", "weight_decay",
+}  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
 # placeholders, another spelling, and options of other tools
 NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--image-size", "--rounds", "--signal", "--shm-size"}
@@ -28,6 +40,10 @@ def by_name(path):
 
 def parser_of(command):
     return importlib.import_module(COMMANDS[command]).build_parser()
+
+
+def is_number(action):
+    return getattr(action.type, "__name__", "") in ("int", "float")
 
 
 def options(parser):
@@ -85,18 +101,59 @@ def test_flags_md_names_each_choice(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_states_the_default(command):
+    """At the end and in brackets, "off" or "none" included."""
     for action in options(parser_of(command)):
-        stated = re.search(r"\[([^]]*)\]$", action.help)
-        default = action.default
-        if default in (None, False, argparse.SUPPRESS) or "else" in (stated[1] if stated else ""):
-            continue  # none, or one that depends on the machine and is described in words
-        assert stated, f"{action.dest}: its help does not end with [{default}]"
-        if isinstance(default, list):
-            default = " ".join(map(str, default))
-        if isinstance(default, (int, float)) and not isinstance(default, bool):
-            assert float(stated[1].partition(":")[0]) == default, action.dest
+        if not action.option_strings:
+            continue  # a positional argument has no default
+        stated = re.search(r"\S \[([^]]+)\]$", action.help)
+        assert stated, f"{action.dest}: its help does not end with its default, such as [{action.default}]"
+        if action.default in (None, argparse.SUPPRESS) or "else" in stated[1]:
+            continue  # described in words: it depends on the machine or other flags
+        if isinstance(action.default, bool):
+            assert stated[1] == ("on" if action.default else "off"), action.dest
+        elif is_number(action) and not isinstance(action.default, list):
+            assert float(stated[1].partition(":")[0]) == action.default, action.dest
         else:
-            assert stated[1] in (str(default), str(default).lower(), "all"), action.dest
+            values = action.default if isinstance(action.default, list) else [action.default]
+            assert stated[1] in (" ".join(map(str, values)), "all"), action.dest
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_number_names_its_unit(command):
+    for action in filter(is_number, options(parser_of(command))):
+        name = action.dest
+        assert (name in UNITS) != (name in NO_UNIT), f"list {name} in UNITS or in NO_UNIT"
+        assert name in NO_UNIT or UNITS[name] in action.help, f"--{name} does not say {UNITS[name]}: {action.help}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_each_flag_once_and_no_second_one_to_turn_it_off(command):
+    parser = parser_of(command)
+    entries = re.findall(r"^  (-.*)$", parser.format_help(), re.M)
+    listed = [option for entry in entries for option in re.findall(r"(?:^|, )(--[\w-]+)", entry.split("  ")[0])]
+    expected = [option for action in options(parser) for option in action.option_strings]
+    assert listed == ["--help", *expected]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_usage_names_only_what_a_command_needs(command):
+    """All flags of main.py would fill a screen before the first word of help."""
+    usage, *_ = parser_of(command).format_help().partition("\n\n")
+    assert usage.startswith(f"usage: {command}") and "[flags]" in usage and len(usage) < 80
+
+
+def test_flags_md_groups_the_flags_of_main_as_its_help_does():
+    text = (ROOT / "docs/flags.md").read_text(encoding="utf-8").partition("\n## search.py")[0]
+    sections = dict(re.findall(r"^### (.*)\n((?:(?!###).*\n?)*)", text, re.M))
+    documented = {title: re.findall(r"^\| `--(\w+)", rows, re.M) for title, rows in sections.items()}
+    groups = [group for group in parser_of("main.py")._action_groups if group.title not in ("options", None)]
+    switched_off = argparse._StoreFalseAction
+    expected = {
+        group.title: [action.dest for action in group._group_actions if not isinstance(action, switched_off)]
+        for group in groups
+        if group._group_actions
+    }
+    assert list(documented.items()) == list(expected.items())
 
 
 def test_switches_are_turned_off_in_the_words_of_flags_md():
