@@ -209,14 +209,15 @@ class Parser(argparse.ArgumentParser):
         return known.get(name.replace("-", "_"), name) + equals + value
 
     def _complete(self):
-        """Write what the word at the cursor can become, and leave the process. The shell has set `_ARGCOMPLETE`.
+        """Answer a shell that asks what the word at the cursor can become, and leave the process.
 
+        The shell has started the command without its flags, which must not do its work then.
         https://kislyuk.github.io/argcomplete/
         """
         try:
             import argcomplete
-        except ImportError:
-            return
+        except ImportError as error:
+            raise UserError("argcomplete is not installed: pip install argcomplete") from error
         parents = [self] if self.passes_on is None else [self.passes_on(), self]
         # without this class's parse_known_args, which argcomplete calls; of two flags with a name, the last one counts
         argcomplete.autocomplete(argparse.ArgumentParser(parents=parents, add_help=False, conflict_handler="resolve"))
