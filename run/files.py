@@ -144,6 +144,16 @@ def write_history(path: str | Path, history: Iterable[Mapping]) -> None:
     write_csv(path, HISTORY_COLUMNS, history)
 
 
+def probability_columns(classes: Sequence[str]) -> list[str]:
+    """-> the column of each class in a file of predictions."""
+    return [f"prob_{name}" for name in classes]
+
+
+def decimal(value: float) -> str:
+    """-> a probability as it is written: 7 digits, about what float32 has."""
+    return f"{value:.7g}"
+
+
 def write_predictions(
     path: str | Path, image_paths: Iterable[str], targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
@@ -151,15 +161,16 @@ def write_predictions(
     predictions = np.argmax(probabilities, axis=1)
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "prediction", "correct", *(f"prob_{name}" for name in classes)])
+        writer.writerow(["path", "label", "prediction", "correct", *probability_columns(classes)])
         for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
             correct = int(target == prediction)
-            writer.writerow([image_path, classes[target], classes[prediction], correct, *(f"{p:.7g}" for p in row)])
+            writer.writerow([image_path, classes[target], classes[prediction], correct, *map(decimal, row)])
 
 
 def read_predictions(path: str | Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read a file of `write_predictions`. -> (paths (N,) str, targets (N,) int, probabilities (N, C))"""
     rows = read_rows(path)
     targets = np.array([classes.index(row["label"]) for row in rows])
-    probabilities = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in rows])
+    columns = probability_columns(classes)
+    probabilities = np.array([[float(row[column]) for column in columns] for row in rows])
     return np.array([row["path"] for row in rows]), targets, probabilities

@@ -14,7 +14,7 @@ from helpers import ROOT
 LAYERS = (
     ("main", "search", "ablate", "report", "bench"),
     ("study",),
-    ("evaluation", "resume"),
+    ("evaluation", "inference", "resume"),
     ("pages",),
     ("schedule", "engine"),
     ("dataset_double", "model", "tracking", "calibration"),
