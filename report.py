@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flags import is_neutral
-from run.cli import Parser, UserError, run_command
+from run.cli import Parser, PathsAction, UserError, run_command
 
 DESCRIPTION = """Mean and spread over the seeds and folds of runs with the same flags,
 best validation balanced accuracy first.
@@ -19,7 +19,9 @@ python report.py checkpoints_*
 
 def build_parser() -> Parser:
     parser = Parser("report.py", DESCRIPTION)
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN", help="folder of a finished run of main.py")
+    parser.add_argument(
+        "run_dirs", nargs="+", action=PathsAction, metavar="RUN", help="folder of a finished run of main.py"
+    )
     return parser
 
 

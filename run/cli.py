@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import glob
 import math
 import multiprocessing
 import os
@@ -224,6 +225,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+class PathsAction(argparse.Action):
+    """Several paths. On Windows, whose shells leave it to programs, `checkpoints_*` becomes what it matches."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, [path for value in values for path in _matches_of(value)])
+
+
+def _matches_of(pattern):
+    if sys.platform != "win32" or os.path.exists(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern.replace("[", "[[]"))) or [pattern]  # to shells of Windows, brackets are letters
 
 
 def plain_words(words: Sequence[str], options: Mapping[str, argparse.Action]) -> list[str]:

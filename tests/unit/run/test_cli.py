@@ -5,7 +5,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from flag_checks import explicit_flags, parse_flags
 from flags import build_parser
-from run.cli import Parser, UserError, number
+from run.cli import Parser, PathsAction, UserError, number
 
 # {flag: (its value in the YAML file, what main.py reads)}
 VALUES = {
@@ -84,3 +84,16 @@ def test_other_words_stay_as_they_are(words, read):
     parser.add_argument("--one", type=number(int))
     args, rest = parser.parse_known_args([*words, "--one=3.0", "--unknown=None", "--unknown", "['a']"])
     assert args.some == read and args.one == 3 and rest == ["--unknown=None", "--unknown", "['a']"]
+
+
+@pytest.mark.parametrize(("platform", "is_expanded"), [("win32", True), ("linux", False)])
+def test_patterns_of_paths_are_expanded_where_the_shell_does_not_do_it(platform, is_expanded, tmp_path, monkeypatch):
+    for name in ("run_b", "run_a", "run_[1]", "other"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("run.cli.sys.platform", platform)
+    parser = Parser("test", None)
+    parser.add_argument("paths", nargs="+", action=PathsAction)
+    found = parser.parse_args(["other", "run_?", "run_[1]", "run_[*", "none_*"]).paths
+    matches = ["run_a", "run_b"] if is_expanded else ["run_?"]
+    assert found == ["other", *matches, "run_[1]", "run_[1]" if is_expanded else "run_[*", "none_*"]
