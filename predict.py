@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Predict the classes of photographs with trained models, and say for which of them the model is uncertain."""
 
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from run.cli import Parser, UserError, end_process, number, progress_bar, run_command
+from run.cli import Parser, PathsAction, UserError, end_process, number, progress_bar, run_command
 from run.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -26,11 +27,24 @@ MAX_LISTED = 20  # classes, in a line
 def build_parser() -> Parser:
     parser = Parser("predict.py", DESCRIPTION)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="run folder, checkpoint, or folder of a cross-validation")
-    add("--images", nargs="+", required=True, metavar="PATH", help="photographs, and folders of photographs")
+    add(
+        "models",
+        nargs="+",
+        action=PathsAction,
+        metavar="MODEL",
+        help="run folder, checkpoint, or folder of a cross-validation",
+    )
+    add(
+        "--images",
+        nargs="+",
+        action=PathsAction,
+        required=True,
+        metavar="PATH",
+        help="photographs, and folders of photographs [required]",
+    )
     add("--output", default="predictions.csv", metavar="FILE", help="predictions are saved here [predictions.csv]")
-    add("--overwrite", action="store_true", help="replace the file of --output if it exists")
-    add("--tta", action="store_true", help="predict from the mean of each photograph and its mirror image")
+    add("--overwrite", action="store_true", help="replace the file of --output if it exists [off]")
+    add("--tta", action="store_true", help="predict from the mean of each photograph and its mirror image [off]")
     add(
         "--coverage",
         type=number(float, above=0, below=1),
@@ -38,13 +52,13 @@ def build_parser() -> Parser:
         metavar="SHARE",
         help="share of the cases of each class in which prediction_set contains the true class [0.9]",
     )
-    add("--adjusted", action="store_true", help="apply the tau and temperature that were fitted after training")
+    add("--adjusted", action="store_true", help="apply the tau and temperature that were fitted after training [off]")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add(
         "--max_megapixels",
         type=number(float, above=0),
         metavar="M",
-        help="refuse larger photographs, by default those that the run refused",
+        help="refuse photographs of more than M megapixels [as in the training]",
     )
     return parser
 

@@ -27,8 +27,8 @@ UNITS = {
     "warmup_epochs": "epochs",
 }  # fmt: skip
 NO_UNIT = {
-    "alpha", "beta", "clip_grad", "cutmix", "dropout_prob", "ema", "gamma", "learning_rate", "max_margin", "mixup",
-    "ordinal_decay", "search_seed", "seed", "seeds", "smoothing", "split", "tau", "weight_decay",
+    "alpha", "beta", "clip_grad", "coverage", "cutmix", "dropout_prob", "ema", "gamma", "learning_rate", "max_margin",
+    "mixup", "ordinal_decay", "search_seed", "seed", "seeds", "smoothing", "split", "tau", "weight_decay",
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
 # placeholders, another spelling, and options of other tools
