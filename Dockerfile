@@ -18,9 +18,13 @@ ENV XDG_CACHE_HOME=/cache \
     MPLCONFIGDIR=/cache/matplotlib \
     PYTHONDONTWRITEBYTECODE=1
 
-# /cache and /runs are for any user, because of --user
+# fonts-nanum: class names in Hangul in plots; /cache and /runs are for any user, because of --user
 COPY requirements.txt /app/
-RUN pip install --no-cache-dir -r /app/requirements.txt \
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends fonts-nanum \
+    && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir -r /app/requirements.txt \
     && useradd --uid 1000 --create-home grader \
     && install -d -m 1777 /cache /runs
 

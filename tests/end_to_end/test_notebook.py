@@ -66,5 +66,5 @@ def test_the_notebook_is_stored_without_outputs_and_starts_with_its_variables(no
 def test_what_only_colab_has_is_used_only_there(notebook):
     for cell in notebook.cells:
         for line in cell.source.splitlines() if cell.cell_type == "code" else ():
-            if re.search(r"google\.colab import|!git|!pip|files\.|drive\.", line):
+            if re.search(r"google\.colab import|!git|!pip|!apt|files\.|drive\.", line):
                 assert line.startswith("    ") and "if IN_COLAB" in cell.source, line

@@ -68,6 +68,14 @@ def test_the_cache_is_a_volume_that_all_caches_are_in():
     assert all(folder == "/cache" or folder.startswith("/cache/") for folder in folders)
 
 
+def test_plots_have_a_font_for_hangul():
+    (package,) = re.findall(r"fonts-(\w+)", dict(steps())["RUN"])
+    fonts = "".join(
+        re.findall(r"^HANGUL_FONTS = (.*)$", "\n".join(file.read_text("utf-8") for file in ROOT.glob("*.py")), re.M)
+    )
+    assert package in fonts.lower()
+
+
 def test_requirements_are_installed_before_the_program_is_copied():
     """Otherwise each change of the program would download several GB again."""
     assert position("COPY", "requirements.txt") < position("RUN", "requirements.txt") < position("COPY", ". /app/")
