@@ -68,3 +68,9 @@ def test_what_only_colab_has_is_used_only_there(notebook):
         for line in cell.source.splitlines() if cell.cell_type == "code" else ():
             if re.search(r"google\.colab import|!git|!pip|!apt|files\.|drive\.", line):
                 assert line.startswith("    ") and "if IN_COLAB" in cell.source, line
+
+
+def test_its_links_resolve(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    assert links and all((NOTEBOOK.parent / link).exists() for link in links)
