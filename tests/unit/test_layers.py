@@ -20,7 +20,7 @@ LAYERS = (
     ("dataset_double", "model", "tracking", "calibration"),
     ("flag_checks",),
     ("images",),
-    ("metrics", "utils", "resnet_custom"),
+    ("metrics", "utils", "resnet_custom", "plots"),
     ("flags",),
     ("run",),
 )
