@@ -16,7 +16,7 @@ LAYERS = (
     ("study",),
     ("evaluation", "resume"),
     ("pages",),
-    ("schedule", "engine"),
+    ("schedule", "engine", "explain"),
     ("dataset_double", "model", "tracking", "calibration"),
     ("flag_checks",),
     ("images",),
