@@ -36,7 +36,7 @@ class Curve:
 class _Plane:
     """Pixel coordinates of a rectangle with axes. x_range, y_range: (low, high) of the data."""
 
-    def __init__(self, x_range, y_range, log=False, width=WIDTH, height=HEIGHT, margins=(18, 12, 38, 44)):
+    def __init__(self, x_range, y_range, log=False, width=WIDTH, height=HEIGHT, margins=(20, 12, 38, 44)):
         top, right, bottom, left = margins
         self.width, self.height, self.log = width, height, log
         self.left, self.right, self.top, self.bottom = left, width - right, top, height - bottom
@@ -65,7 +65,7 @@ class _Plane:
         parts.append(_line(self.left, self.bottom, self.right, self.bottom, "var(--muted)"))
         parts.append(_text((self.left + self.right) / 2, self.bottom + 33, x_label, "middle", muted=True))
         if y_label:
-            parts.append(_text(0, self.top - 7, y_label, muted=True))
+            parts.append(_text(0, 10, y_label, muted=True))
         return parts
 
 
@@ -87,12 +87,13 @@ def line_chart(
     ys = [y for curve in points for _, y in curve] or [1, 2]
     low, high = y_range or (min(ys), max(ys))
     room = 12 + min(130, max((_text_width(shortened(curve.name, 22)) for curve in curves), default=0))
-    plane = _Plane((min(xs), max(xs)), (low, high), log, width, height, (22 if y_label or marks else 10, room, 38, 44))
+    plane = _Plane((min(xs), max(xs)), (low, high), log, width, height, (32 if y_label else 20, room, 38, 44))
     y_ticks = _log_ticks(low, high) if log else _ticks(low, high)
-    parts = plane.axes(x_label, _ticks(min(xs), max(xs), whole=x_label == "epoch"), y_ticks, y_label)
+    x_ticks = _ticks(min(xs), max(xs), 5 if width > 250 else 2, whole=x_label == "epoch")
+    parts = plane.axes(x_label, x_ticks, y_ticks, y_label)
     for x, text in marks:
         parts.append(_line(plane.x(x), plane.top, plane.x(x), plane.bottom, "var(--muted)", "2 3"))
-        parts.append(_text(plane.x(x), plane.top - 6, text, "middle", muted=True))
+        parts.append(_text(plane.x(x), plane.top - 5, text, "middle", muted=True))
     labels = []
     for curve, line in zip(curves, points, strict=True):
         if not line:
@@ -110,7 +111,7 @@ def line_chart(
     return _svg(title, width, height, parts)
 
 
-def interval_bar(value: float, interval: Sequence[float] | None, width: int = 120) -> Markup:
+def interval_bar(value: float, interval: Sequence[float] | None, width: int = 84) -> Markup:
     """A bar from 0 to `value`, 0..1, with its interval as a line."""
     parts = [f'<rect x="0" y="3" width="{width}" height="10" rx="2" fill="var(--line)" fill-opacity=".5"/>']
     parts.append(f'<rect x="0" y="3" width="{value * width:.1f}" height="10" rx="2" fill="var(--accent)" '
@@ -125,7 +126,7 @@ def interval_bar(value: float, interval: Sequence[float] | None, width: int = 12
     return _svg(title, width, 16, parts, fixed=True)
 
 
-def count_bar(count: int, largest: int, width: int = 80) -> Markup:
+def count_bar(count: int, largest: int, width: int = 70) -> Markup:
     """A bar as long as a count is compared with the largest one."""
     length = max(1.0 if count else 0.0, width * count / max(1, largest))
     bar = f'<rect x="0" y="3" width="{length:.1f}" height="10" rx="2" fill="var(--muted)" fill-opacity=".55"/>'
@@ -143,14 +144,16 @@ def confusion_chart(title: str, matrix: Sequence[Sequence[int]], classes: Sequen
     cell = 46 if with_text else max(8, MATRIX_SIDE // len(names))
     size = min(12, cell)
     label_room = math.ceil(max(map(_text_width, names)) * size / 12) + 8
-    left, top = label_room + 18, math.ceil(label_room * 0.75) + 26
-    width, height = left + cell * len(names) + label_room, top + cell * len(names) + 4
-    parts = [_text(left, 12, "predicted class →", muted=True), _text(0, top - 8, "true class ↓", muted=True)]
+    slanted = label_room > cell
+    left, top = label_room, 10 + (math.ceil(label_room * 0.75) if slanted else 12)
+    width, height = left + cell * len(names) + (label_room if slanted else 4), top + cell * len(names) + 4
+    parts = []
     for c, name in enumerate(names):
         middle = (c + 0.5) * cell
         x, y = left + middle, top - 6
         parts.append(_text(left - 6, top + middle + size * 0.35, name, "end", size=size))
-        parts.append(f'<g transform="rotate(-40 {x:.1f} {y})">{_text(x, y, name, size=size)}</g>')
+        label = _text(x, y, name, "start" if slanted else "middle", size=size)
+        parts.append(f'<g transform="rotate(-40 {x:.1f} {y})">{label}</g>' if slanted else label)
     parts.append(f'<rect x="{left}" y="{top}" width="{cell * len(names)}" height="{cell * len(names)}" fill="none" '
                  'stroke="var(--line)"/>')  # fmt: skip
     for row, column in np.argwhere(matrix).tolist():
@@ -169,7 +172,7 @@ def confusion_chart(title: str, matrix: Sequence[Sequence[int]], classes: Sequen
 
 def reliability_chart(title: str, bins: Sequence[tuple[float, float, int]]) -> Markup:
     """bins: (mean confidence, share of right predictions, number of images) of bins of the confidence."""
-    plane = _Plane((0, 1), (0, 1), height=300, margins=(22, 12, 78, 44))
+    plane = _Plane((0, 1), (0, 1), height=310, margins=(32, 12, 78, 44))
     ticks = [(tick / 5, f"{tick / 5:.1f}") for tick in range(6)]
     parts = plane.axes("", ticks, ticks, "share of right predictions")
     parts.append(_line(plane.x(0), plane.y(0), plane.x(1), plane.y(1), "var(--muted)", "4 4"))
@@ -198,7 +201,7 @@ def grade_chart(title: str, grades: np.ndarray, answers: np.ndarray, classes: Se
     grades: (N,) int; answers: (N,) float; of more than MAX_POINTS images, some are drawn at random.
     """
     rng, last = np.random.default_rng(0), len(classes) - 1
-    plane = _Plane((-0.5, last + 0.5), (-0.3, last + 0.3), height=300, margins=(22, 12, 38, 44))
+    plane = _Plane((-0.5, last + 0.5), (-0.3, last + 0.3), height=310, margins=(32, 12, 38, 44))
     ticks = [(c, shortened(name, 8)) for c, name in enumerate(classes)]
     step = math.ceil(len(ticks) / 12)
     parts = plane.axes("grade of the expert", ticks[::step], ticks[::step], "expected grade of the model")
@@ -260,12 +263,12 @@ def _widened(low, high):
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _ticks(low, high, whole=False):
-    """[(value, text)]: about five round numbers. whole: only whole numbers"""
+def _ticks(low, high, most=5, whole=False):
+    """[(value, text)]: round numbers with at most this many steps between them. whole: only whole numbers"""
     if high <= low:
         return [(low, f"{low:g}")]
-    size = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (size * factor) <= 5)
+    size = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (size * factor) <= most)
     step = max(1, math.ceil(step)) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [(k * step, f"{k * step:.6g}") for k in range(first, last + 1)]

@@ -133,9 +133,8 @@ def _run_values(run_dir):
     """What both pages say of a run: what was run, on which data, with which results."""
     args, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
     environment = _read(run_dir / ENVIRONMENT_FILE) or {}
-    parser = build_parser()
     flags = {name: value for name, value in args.items() if value is not None}
-    defaults = {action.dest: action.default for action in parser._actions}
+    defaults = vars(build_parser().parse_args([]))
     history = read_rows(run_dir / "history.csv") if (run_dir / "history.csv").exists() else []
     values = {
         "title": run_dir.resolve().name,
@@ -163,7 +162,9 @@ def _read(path):
 
 
 def _text_of(value):
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def trivial_metrics(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,6 +233,7 @@ def _sections(run_dir, values, splits, probabilities, model):
         "precision_recall": _precision_recall_charts(targets, probabilities, results),
         "grades": _grades(targets, probabilities, classes) if values["ordinal"] else None,
         "photos": photos,
+        "counts": dict(zip(classes, counts, strict=True)),
         "heat_map_note": note,
     }
 
@@ -279,7 +281,9 @@ def _cell(metrics, name, bar=False):
     text = Markup(f"{value:.3f}")
     if interval is not None:
         text += Markup(f' <span class="unit">[{interval[0]:.3f}, {interval[1]:.3f}]</span>')
-    return Markup('<span class="bar">{} {}</span>').format(interval_bar(value, interval), text) if bar else text
+    if bar:
+        text = Markup('<span class="bar">{} <span>{}</span></span>').format(interval_bar(value, interval), text)
+    return text
 
 
 def stage_changes(args: Mapping[str, Any]) -> list[int]:
