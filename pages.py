@@ -39,7 +39,9 @@ CLASS_COLUMNS = {
 }  # fmt: skip
 BAR_COLUMNS = ("recall", "f1")
 NUM_CONFUSIONS = 5
+LONGEST_NAME = 60  # letters of a class in a table
 FEW_TRAINING, FEW_TEST = 20, 10  # images of a class: the model card names classes with fewer
+ENVIRONMENT_KEYS = ("command", "commit", "device", "cpu", "cores", "hours_trained")
 VERSIONS = ("python", "torch", "torchvision", "numpy", "cuda")
 
 
@@ -132,7 +134,7 @@ def _print_failure(name, error):
 def _run_values(run_dir):
     """What both pages say of a run: what was run, on which data, with which results."""
     args, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
-    environment = _read(run_dir / ENVIRONMENT_FILE) or {}
+    environment = dict.fromkeys(ENVIRONMENT_KEYS) | (_read(run_dir / ENVIRONMENT_FILE) or {})
     flags = {name: value for name, value in args.items() if value is not None}
     defaults = vars(build_parser().parse_args([]))
     history = read_rows(run_dir / "history.csv") if (run_dir / "history.csv").exists() else []
@@ -142,10 +144,11 @@ def _run_values(run_dir):
         "results": results,
         "ordinal": is_ordinal(Namespace(**{"ordinal": False, "train_loss": None, **args})),
         "environment": environment,
-        "versions": [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)],
+        "versions": (versions := [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]),
+        "machine": _machine(environment, versions),
         "flags": [[f"--{name}", _text_of(value)] for name, value in flags.items()],
         "changed_flags": [
-            [f"--{name}", _text_of(value), _text_of(defaults.get(name))]
+            [f"--{name}", _text_of(value), "not set" if defaults.get(name) is None else _text_of(defaults[name])]
             for name, value in flags.items() if value != defaults.get(name)
         ],
         "history": history,
@@ -153,8 +156,18 @@ def _run_values(run_dir):
         "metric_names": SUMMARY_COLUMNS,
     }  # fmt: skip
     if results:
-        values |= {"trivial": trivial_metrics(results), "data": _data_table(results)}
+        adjusted = results.get("posthoc", {}).get("test")
+        values |= {"trivial": trivial_metrics(results), "data": _data_table(results), "adjusted": adjusted}
     return values
+
+
+def _machine(environment, versions):
+    """One line: device, hours, versions, commit"""
+    device, hours, commit = (environment[key] for key in ("device", "hours_trained", "commit"))
+    pieces = [f"{environment['cpu']}, {environment['cores']} cores" if device == "cpu" else device]
+    pieces += [f"{hours:.2f} hours of training" if hours is not None else "", *versions]
+    pieces.append(f"commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}" if commit else "")
+    return ", ".join(piece for piece in pieces if piece)
 
 
 def _read(path):
@@ -185,7 +198,8 @@ def _data_table(results):
     columns = [results["samples_per_cls"]]
     evaluated = [split for split in SPLITS if split in results]
     columns += [[row["support"] for row in results[split]["per_class"].values()] for split in evaluated]
-    rows = [[name, *counts] for name, *counts in zip(results["classes"], *columns, strict=True)]
+    names = [shortened(name, LONGEST_NAME) for name in results["classes"]]
+    rows = [[name, *counts] for name, *counts in zip(names, *columns, strict=True)]
     return {"heads": ["class", "train", *evaluated], "rows": [*rows, ["all", *map(sum, columns)]]}
 
 
@@ -230,7 +244,7 @@ def _sections(run_dir, values, splits, probabilities, model):
         "matrix": confusion_chart("confusion matrix of the test", results["test"]["confusion_matrix"], classes),
         "confusions": most_confused(results["test"]["confusion_matrix"], classes),
         "reliability": reliability_chart("reliability diagram", reliability_bins(targets, probabilities)),
-        "precision_recall": _precision_recall_charts(targets, probabilities, results),
+        "precision_recall": precision_recall_charts(targets, probabilities, results),
         "grades": _grades(targets, probabilities, classes) if values["ordinal"] else None,
         "photos": photos,
         "counts": dict(zip(classes, counts, strict=True)),
@@ -269,7 +283,7 @@ def _class_table(results):
     for name, metrics in results["test"]["per_class"].items():
         training = Markup('<span class="bar">{} {}</span>').format(count_bar(counts[name], largest), counts[name])
         cells = [_cell(metrics, column, bar=column in BAR_COLUMNS) for column in CLASS_COLUMNS]
-        rows.append([name, training, metrics["support"], *cells])
+        rows.append([shortened(name, LONGEST_NAME), training, metrics["support"], *cells])
     return {"heads": ["class", "training images", "test images", *CLASS_COLUMNS.values()], "rows": rows}
 
 
@@ -329,7 +343,8 @@ def most_confused(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> li
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:NUM_CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order if shares.flat[cell]]
-    return [[classes[r], classes[c], int(matrix[r, c]), f"{shares[r, c]:.0%}"] for r, c in cells]
+    names = [shortened(name, LONGEST_NAME) for name in classes]
+    return [[names[r], names[c], int(matrix[r, c]), f"{shares[r, c]:.0%}"] for r, c in cells]
 
 
 def reliability_bins(targets: np.ndarray, probabilities: np.ndarray) -> list[tuple[float, float, int]]:
@@ -343,7 +358,9 @@ def reliability_bins(targets: np.ndarray, probabilities: np.ndarray) -> list[tup
     return [(float(confidence[of].mean()), float(is_right[of].mean()), int(of.sum())) for of in members]
 
 
-def _precision_recall_charts(targets, probabilities, results):
+def precision_recall_charts(
+    targets: np.ndarray, probabilities: np.ndarray, results: Mapping[str, Any]
+) -> list[tuple[str, float, float, Markup]]:
     """-> [(class, average precision, share of the class among the images, chart)]"""
     curves, charts = {}, []
     for name, recall, precision in precision_recall_points(targets, probabilities, results["classes"]):
