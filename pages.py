@@ -334,7 +334,7 @@ def most_confused(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> li
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:NUM_CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order if shares.flat[cell]]
-    names = [shortened(name, LONGEST_NAME) for name in classes]
+    names = [shortened(name) for name in classes]
     return [[names[r], names[c], int(matrix[r, c]), f"{shares[r, c]:.0%}"] for r, c in cells]
 
 
