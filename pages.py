@@ -1,31 +1,34 @@
-"""Plots of a run, and the HTML page that shows them with its metrics."""
+"""HTML pages: the templates, and `report.html` and `MODEL_CARD.md` of a run."""
 
-import base64
-import html
-import warnings
+import functools
+import json
+import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from markupsafe import Markup, escape
 
-from metrics import format_with_interval
-from run.files import atomic_write, printable
+from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
+from dataset_double import training_set
+from flags import SPLITS, build_parser, is_ordinal
+from gallery import augmented_sheet, duplicate_pairs, explain_photos, photographs
+from images.folders import ImageIndex
+from images.leakage import DUPLICATES_FILE
+from metrics import ECE_BINS, confusion_metrics, format_with_interval
+from model import Model
+from run.cli import first_line
+from run.environment import ENVIRONMENT_FILE
+from run.files import atomic_write, printable, read_json, read_predictions, read_rows, shortened
+from run.saver import BEST
+from tracking import precision_recall_points
 
-# matplotlib's default font has no Hangul; class names that need it are drawn in one of these, if installed
-HANGUL_FONTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
-NO_BREAK_SPACE = "\u00a0"
-LONGEST_LABEL = 40  # letters
-COUNTS_UP_TO = 25  # classes; the cells of larger confusion matrices are too small for text
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd }
-th, td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
-img { max-width: 100%; margin: .5rem 0 } summary { cursor: pointer }
-"""
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+REPORT_FILE, CARD_FILE = "report.html", "MODEL_CARD.md"
 SUMMARY_COLUMNS = {
     "balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy", "mae": "mean absolute error",
     "within_1": "within one grade", "quadratic_kappa": "quadratic kappa", "ece": "calibration error",
@@ -35,123 +38,216 @@ CLASS_COLUMNS = {
     "recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC",
     "average_precision": "average precision",
 }  # fmt: skip
+BAR_COLUMNS = ("recall", "f1")
+NUM_CONFUSIONS = 5
+LONGEST_NAME = 60  # letters of a class in a table
+FEW_TRAINING, FEW_TEST = 20, 10  # images of a class: the model card names classes with fewer
+ENVIRONMENT_KEYS = ("command", "commit", "device", "cpu", "cores", "hours_trained")
+VERSIONS = ("python", "torch", "torchvision", "numpy", "cuda")
 
 
-# ------------------------------------------------------------------------------------------------------------ plots
+# --------------------------------------------------------------------------------------------------------- templates
 
 
-def plot_curves(path: str | Path, history: Sequence[Mapping], best_epoch: int, changes: Sequence[int] = ()) -> None:
-    """Plot losses and metrics over the epochs.
-
-    history: rows of `history.csv`; changes: the epochs at which another loss or another sampling starts.
-    """
-    epochs = [int(row["epoch"]) for row in history]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss_axes, metric_axes = figure.subplots(1, 2)
-    panels = {
-        loss_axes: {"train_loss": "training", "val_loss": "validation"},
-        metric_axes: {
-            "val_balanced_acc": "validation balanced accuracy",
-            "val_macro_f1": "validation macro F1",
-            "val_acc": "validation accuracy",
-            "train_acc": "training accuracy",
-        },
-    }
-    for axes, curves in panels.items():
-        for column, label in curves.items():
-            style = "--" if column in ("train_acc", "val_acc") else "-"
-            axes.plot(epochs, [float(row[column]) for row in history], style, marker="o", markersize=3, label=label)
-        axes.axvline(best_epoch, color="0.6", linewidth=1, linestyle=":", label="best epoch")
-        for number, epoch in enumerate(changes):
-            label = None if number else "loss or sampling changes"
-            axes.axvline(epoch - 0.5, color="tab:red", linewidth=1, linestyle=":", label=label)
-        axes.set_xlabel("Epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    loss_axes.set_title("Loss")
-    loss_axes.set_yscale("log")  # the first epochs of a new network are off by orders of magnitude
-    loss_axes.legend()
-    metric_axes.set_title("Metrics")
-    metric_axes.legend(loc="lower right")
-    metric_axes.set_ylim(0, 1)
-    save_figure(figure, path)
+def render(template: str, **values: Any) -> str:
+    """Fill a file of `templates/`. Text is escaped, also in Markdown; only `Markup` is taken as it is."""
+    return _environment().get_template(template).render(values)
 
 
-def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Plot the share of each true class (row) with each prediction (column), and the counts.
-
-    matrix: (C, C) int, rows: true classes, columns: predictions.
-    """
-    matrix, classes = np.asarray(matrix), [_label(name) for name in classes]
-    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
-    side = min(20, 3 + 0.7 * len(classes))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="Share of the true class", shrink=0.8)
-    fonts = {"fontfamily": ["DejaVu Sans", *_installed(HANGUL_FONTS)], "parse_math": False}
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor", **fonts)
-    axes.set_yticks(range(len(classes)), classes, **fonts)
-    axes.set_xlabel("Predicted class")
-    axes.set_ylabel("True class")
-    axes.set_title(title)
-    if len(classes) <= COUNTS_UP_TO:
-        for (row, column), count in np.ndenumerate(matrix):
-            color = "white" if shares[row, column] > 0.6 else "black"
-            axes.text(column, row, f"{shares[row, column]:.0%}\n{count}", ha="center", va="center", color=color, size=8)
-    save_figure(figure, path)
+@functools.cache
+def _environment():
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # a text may hold what is not valid UTF-8, and control characters
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters |= {"short": shortened, "md": _markdown, "raw": _raw, "base": os.path.basename}
+    return environment
 
 
-def _label(name):
-    """A class name that matplotlib can draw, and that leaves room for the matrix."""
-    name = printable(name)
-    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+def _markdown(text):
+    """A text in a line of Markdown: nothing in it is markup, and a row of a table stays one."""
+    text = str(escape(printable(str(text))))
+    return Markup("".join(f"\\{letter}" if letter in "\\`*[]|~" else letter for letter in text))
 
 
-def _installed(fonts):
-    names = {font.name for font in font_manager.fontManager.ttflist}
-    return [font for font in fonts if font in names]
+def _raw(text):
+    """A text in an indented block of Markdown, which is shown as it is."""
+    return Markup(printable(text))
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG. Prints a line if no font has the letters of its text."""
-    FigureCanvasAgg(figure)
-    with atomic_write(path, "wb") as file, warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "Glyph")
-        figure.savefig(file, format="png", dpi=120)
-    if any("Glyph" in str(warning.message) for warning in caught):
-        print(f"{path}: no installed font has all letters of the class names (for Hangul, install Noto Sans CJK)")
+def write_page(path: str | Path, template: str, **values: Any) -> None:
+    """Write `render(template, **values)` to a file."""
+    page = render(template, **values)
+    with atomic_write(path) as file:
+        file.write(page)
 
 
-# ------------------------------------------------------------------------------------------------------------- page
+# ------------------------------------------------------------------------------------------------------------ report
 
 
-def write_report(run_dir: str | Path, args: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Write `report.html`, a single self-contained file with the metrics, the plots and the flags of a run.
+def write_report(
+    run_dir: str | Path,
+    splits: Mapping[str, ImageIndex] | None = None,
+    probabilities: Mapping[str, np.ndarray] | None = None,
+    model: Model | None = None,
+) -> None:
+    """Write `report.html` and `MODEL_CARD.md`, self-contained, from the files of a run. What fails is one printed line.
 
-    args: {flag: value}; results: as in `results.json`.
+    splits: {split: N images}, for the augmented images; probabilities: {split: (N, C)}, otherwise read from
+    `test_predictions.csv`; model: the evaluated one, for heat maps. A run without `results.json` gets a report of what
+    there is, and no model card.
     """
     run_dir = Path(run_dir)
-    title = html.escape(run_dir.name)
-    plots = [_image(path) for path in (run_dir / "confusion_matrix.png", run_dir / "curves.png") if path.exists()]
-    page = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f"<h1>{title}</h1><p>Model of epoch {results['evaluated_epoch']}. "
-        "Brackets: 95 % confidence intervals from a bootstrap stratified by class.</p>",
-        _summary_table(results),
-        "<h2>Test metrics per class</h2>",
-        _class_table(results),
-        *plots,
-        "<details><summary>Flags of the run</summary>",
-        _table(["flag", "value"], [[f"--{name}", value] for name, value in args.items() if value is not None]),
-        "</details></html>",
-    ]
-    with atomic_write(run_dir / "report.html") as file:
-        file.write("\n".join(page))
+    with _only_informative(REPORT_FILE):
+        values = _run_values(run_dir)
+        if values["results"]:
+            with _only_informative(CARD_FILE):
+                write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values))
+        sections = _sections(run_dir, values, splits, probabilities, model)
+        write_page(run_dir / REPORT_FILE, "report.html", **values, **sections)
 
 
-def _summary_table(results):
-    """One row per evaluation: validation, test, and the variants of test."""
+@contextmanager
+def _only_informative(name):
+    """Print a line about a file that could not be made, and continue."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {name}: not written ({first_line(error) or type(error).__name__})")
+
+
+def _run_values(run_dir):
+    """What both pages say of a run: what was run, on which data, with which results."""
+    stored, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
+    environment = dict.fromkeys(ENVIRONMENT_KEYS) | (_read(run_dir / ENVIRONMENT_FILE) or {})
+    flags = {name: value for name, value in stored.items() if value is not None}
+    defaults = vars(build_parser().parse_args([]))
+    args = defaults | stored  # an older run lacks newer flags
+    history = read_rows(run_dir / "history.csv") if (run_dir / "history.csv").exists() else []
+    values = {
+        "title": run_dir.resolve().name,
+        "args": args,
+        "results": results,
+        "ordinal": is_ordinal(Namespace(**args)),
+        "environment": environment,
+        "versions": (versions := [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]),
+        "machine": _machine(environment, versions),
+        "flags": [[f"--{name}", _text_of(value)] for name, value in flags.items()],
+        "changed_flags": [
+            [f"--{name}", _text_of(value), "not set" if defaults.get(name) is None else _text_of(defaults[name])]
+            for name, value in flags.items() if value != defaults.get(name)
+        ],
+        "history": history,
+        "format": format_with_interval,
+        "metric_names": SUMMARY_COLUMNS,
+    }  # fmt: skip
+    if results:
+        adjusted = results.get("posthoc", {}).get("test")
+        values |= {"trivial": trivial_metrics(results), "data": _data_table(results), "adjusted": adjusted}
+    return values
+
+
+def _machine(environment, versions):
+    """One line: device, hours, versions, commit"""
+    device, hours, commit = (environment[key] for key in ("device", "hours_trained", "commit"))
+    pieces = [f"{environment['cpu']}, {environment['cores']} cores" if device == "cpu" else device]
+    pieces += [f"{hours:.2f} hours of training" if hours is not None else "", *versions]
+    pieces.append(f"commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}" if commit else "")
+    return ", ".join(piece for piece in pieces if piece)
+
+
+def _read(path):
+    return read_json(path) if path.exists() else None
+
+
+def _text_of(value):
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def trivial_metrics(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The test metrics of a classifier that always answers with the largest class of the training.
+
+    results: as in `results.json` -> {"class", "acc", "balanced_acc", "macro_f1"}
+    """
+    largest = int(np.argmax(results["samples_per_cls"]))
+    matrix = np.zeros_like(results["test"]["confusion_matrix"])
+    matrix[:, largest] = np.sum(results["test"]["confusion_matrix"], axis=1)
+    metrics = confusion_metrics(matrix[None])
+    names = ("acc", "balanced_acc", "macro_f1")
+    return {"class": results["classes"][largest], **{name: float(metrics[name][0]) for name in names}}
+
+
+def _data_table(results):
+    """One row per class: images per split; the last row is of all classes."""
+    columns = [results["samples_per_cls"]]
+    evaluated = [split for split in SPLITS if split in results]
+    columns += [[row["support"] for row in results[split]["per_class"].values()] for split in evaluated]
+    names = [shortened(name, LONGEST_NAME) for name in results["classes"]]
+    rows = [[name, *counts] for name, *counts in zip(names, *columns, strict=True)]
+    return {"heads": ["class", "train", *evaluated], "rows": [*rows, ["all", *map(sum, columns)]]}
+
+
+def _card_values(run_dir, values):
+    """What only the model card has."""
+    args, results = values["args"], values["results"]
+    per_class = results["test"]["per_class"]
+    return {
+        "checkpoint": args["resume"] if args.get("eval_only") else str(run_dir / BEST),
+        "evaluations": _evaluations(results) | {f"always {values['trivial']['class']}": values["trivial"]},
+        "metric_columns": {name: SUMMARY_COLUMNS[name] for name in SUMMARY_COLUMNS if name in results["test"]},
+        "few_training": [
+            name for name, n in zip(results["classes"], results["samples_per_cls"], strict=True) if n < FEW_TRAINING
+        ],
+        "few_test": [name for name, metrics in per_class.items() if metrics["support"] < FEW_TEST],
+    }
+
+
+def _sections(run_dir, values, splits, probabilities, model):
+    """What only the report has: charts and photographs."""
+    args, results, history = values["args"], values["results"], values["history"]
+    settings = Namespace(**args)
+    sections = {"curves": curve_charts(history, results, stage_changes(args)), "duplicates": None, "sheet": []}
+    if found := _read(run_dir / DUPLICATES_FILE):
+        sections["duplicates"] = found | {"shown": duplicate_pairs(found, args["resize"])}
+    if splits and "train" in splits:
+        flags = {"use_augmentation": args["use_augmentation"], "sampling": args["sampling"]}
+        train_set = training_set(splits["train"], settings, **flags)
+        sections["sheet"] = augmented_sheet(train_set, args["sampling"] != "instance")
+    if not results:
+        return sections
+    classes, counts = results["classes"], results["samples_per_cls"]
+    if splits and probabilities:
+        paths, targets, probabilities = splits["test"].paths, splits["test"].targets, probabilities["test"]
+    else:
+        paths, targets, probabilities = read_predictions(run_dir / "test_predictions.csv", classes)
+    photos = photographs(paths, targets, probabilities, classes, counts, args["resize"])
+    note = explain_photos(photos, model, classes, args["image_size"], args["resize"])
+    return sections | {
+        "summary": _summary_table(results, values["trivial"]),
+        "per_class": _class_table(results),
+        "matrix": confusion_chart("confusion matrix of the test", results["test"]["confusion_matrix"], classes),
+        "confusions": most_confused(results["test"]["confusion_matrix"], classes),
+        "reliability": reliability_chart("reliability diagram", reliability_bins(targets, probabilities)),
+        "precision_recall": precision_recall_charts(targets, probabilities, results),
+        "grades": _grades(targets, probabilities, classes) if values["ordinal"] else None,
+        "photos": photos,
+        "counts": dict(zip(classes, counts, strict=True)),
+        "heat_map_note": note,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- tables and charts
+
+
+def _evaluations(results):
+    """-> {title: metrics}: validation, test, and the variants of test"""
     names = {"val": "validation", "test": "test"}
     evaluations = {name: results[split] for split, name in names.items() if split in results}
     if "tta" in results:
@@ -160,32 +256,117 @@ def _summary_table(results):
         fitted = results["posthoc"]
         fit = f"tau {fitted['tau']:g}, temperature {fitted['temperature']:.2f}"
         evaluations[f"test with logit adjustment ({fit})"] = fitted["test"]
-    columns = [name for name in SUMMARY_COLUMNS if name in results["test"]]
+    return evaluations
+
+
+def _summary_table(results, trivial):
+    """One row per evaluation, and one of the trivial classifier."""
+    evaluations, columns = _evaluations(results), [name for name in SUMMARY_COLUMNS if name in results["test"]]
     rows = [[title, *(_cell(metrics, name) for name in columns)] for title, metrics in evaluations.items()]
-    return _table(["", *(SUMMARY_COLUMNS[name] for name in columns)], rows)
+    rows.append([f"always “{shortened(trivial['class'])}”", *(_cell(trivial, name) for name in columns)])
+    heads, main = ["", *(SUMMARY_COLUMNS[name] for name in columns)], [list(evaluations).index("test")]
+    return {"heads": heads, "rows": rows, "main": main}
 
 
 def _class_table(results):
     counts = dict(zip(results["classes"], results["samples_per_cls"], strict=True))
-    rows = [
-        [name, counts[name], metrics["support"], *(_cell(metrics, column) for column in CLASS_COLUMNS)]
-        for name, metrics in results["test"]["per_class"].items()
-    ]
-    return _table(["class", "training images", "test images", *CLASS_COLUMNS.values()], rows)
+    largest, rows = max(counts.values()), []
+    for name, metrics in results["test"]["per_class"].items():
+        training = Markup('<span class="bar">{} {}</span>').format(count_bar(counts[name], largest), counts[name])
+        cells = [_cell(metrics, column, bar=column in BAR_COLUMNS) for column in CLASS_COLUMNS]
+        rows.append([shortened(name, LONGEST_NAME), training, metrics["support"], *cells])
+    return {"heads": ["class", "training images", "test images", *CLASS_COLUMNS.values()], "rows": rows}
 
 
-def _cell(metrics, name):
-    if metrics[name] is None:  # of a class that does not occur
+def _cell(metrics, name, bar=False):
+    """A value with its interval; "-" for a class that does not occur, and for what a classifier does not have."""
+    value, interval = metrics.get(name), metrics.get(f"{name}_ci")
+    if value is None:
         return "-"
-    return format_with_interval(metrics[name], metrics.get(f"{name}_ci")).replace(", ", f",{NO_BREAK_SPACE}")
+    text = Markup(f"{value:.3f}")
+    if interval is not None:
+        text += Markup(f' <span class="unit">[{interval[0]:.3f}, {interval[1]:.3f}]</span>')
+    if bar:
+        text = Markup('<span class="bar">{} <span>{}</span></span>').format(interval_bar(value, interval), text)
+    return text
 
 
-def _table(heads, rows):
-    cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
-    head = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>"
+def stage_changes(args: Mapping[str, Any]) -> list[int]:
+    """The epochs at which another loss or another sampling starts. args: {flag: value}, as in `args.json`"""
+    starts = [args.get("drw_epoch"), args["crt_epochs"] and args["epochs"] - args["crt_epochs"]]
+    return [start for start in starts if start]
 
 
-def _image(path):
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+def curve_charts(history: Sequence[Mapping], results: Mapping | None, changes: Sequence[int] = ()) -> list[Markup]:
+    """Losses and metrics over the epochs. history: rows of `history.csv`; results: as in `results.json`, or None."""
+    if not history:
+        return []
+    marks = [(epoch - 0.5, "") for epoch in changes]
+    if results:
+        marks.append((results["best_epoch"], f"best epoch {results['best_epoch']}"))
+    epochs = [int(row["epoch"]) for row in history]
+
+    def curves(columns):
+        return [
+            Curve(name, epochs, [float(row[column]) for row in history], color, dashed)
+            for column, (name, color, dashed) in columns.items()
+        ]
+
+    losses = {"train_loss": ("training", 2, True), "val_loss": ("validation", 1, False)}
+    metrics = {
+        "val_balanced_acc": ("balanced accuracy", 1, False), "val_macro_f1": ("macro F1", 3, False),
+        "val_acc": ("accuracy", 4, True), "train_acc": ("training accuracy", 2, True),
+    }  # fmt: skip
+    rates = {"learning_rate": ("learning rate", 8, False)}
+    return [
+        line_chart("Loss", curves(losses), "epoch", y_label="loss", log=True, marks=marks),
+        line_chart(
+            "Metrics of the validation", curves(metrics), "epoch", y_label="validation", y_range=(0, 1), marks=marks
+        ),
+        line_chart("Learning rate", curves(rates), "epoch", y_label="learning rate", marks=marks),
+    ]
+
+
+def most_confused(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> list[list]:
+    """-> [class, its prediction, images, share of the class], the largest shares of a class first."""
+    matrix = np.array(matrix)
+    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    np.fill_diagonal(shares, 0)
+    order = np.argsort(-shares, axis=None, kind="stable")[:NUM_CONFUSIONS]
+    cells = [divmod(int(cell), len(classes)) for cell in order if shares.flat[cell]]
+    names = [shortened(name) for name in classes]
+    return [[names[r], names[c], int(matrix[r, c]), f"{shares[r, c]:.0%}"] for r, c in cells]
+
+
+def reliability_bins(targets: np.ndarray, probabilities: np.ndarray) -> list[tuple[float, float, int]]:
+    """The bins of the expected calibration error (Guo et al. 2017) that are not empty.
+
+    targets: (N,) int; probabilities: (N, C) -> [(mean confidence, share of right predictions, images)]
+    """
+    confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    members = [bins == b for b in np.unique(bins)]
+    return [(float(confidence[of].mean()), float(is_right[of].mean()), int(of.sum())) for of in members]
+
+
+def precision_recall_charts(
+    targets: np.ndarray, probabilities: np.ndarray, results: Mapping[str, Any]
+) -> list[tuple[str, float, float, Markup]]:
+    """-> [(class, average precision, share of the class among the images, chart)]"""
+    curves, charts = {}, []
+    for name, recall, precision in precision_recall_points(targets, probabilities, results["classes"]):
+        curves.setdefault(name, ([], []))[0].append(recall)
+        curves[name][1].append(precision)
+    for name, (recall, precision) in curves.items():
+        metrics = results["test"]["per_class"][name]
+        share = metrics["support"] / len(targets)
+        pieces = [Curve("", recall, precision), Curve("", [0, 1], [share, share], 8, dashed=True)]
+        title = f"precision against recall of {shortened(name)}"
+        chart = line_chart(title, pieces, "recall", y_label="precision", y_range=(0, 1), width=190, height=170)
+        charts.append((name, metrics["average_precision"], share, chart))
+    return charts
+
+
+def _grades(targets, probabilities, classes):
+    expected = probabilities @ np.arange(len(classes))
+    return grade_chart("grade of the expert against expected grade of the model", targets, expected, classes)
