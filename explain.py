@@ -29,7 +29,7 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int]) -> np.n
     with _for_explanation(model):
         for start in range(0, len(images), per_chunk):
             chunk = slice(start, start + per_chunk)
-            maps[chunk] = _upsampled(_coarse_maps(model, images[chunk], targets[chunk]), size).cpu().numpy()
+            maps[chunk] = upsample(_coarse_maps(model, images[chunk], targets[chunk]), size).cpu().numpy()
     return maps
 
 
@@ -60,8 +60,8 @@ def _coarse_maps(model, images, targets):
     return method.attribute(images, targets, relu_attributions=True).detach()
 
 
-def _upsampled(maps, size):
-    """(n, 1, h, w) -> (n, size, size), each divided by its maximum, unless that is 0.
+def upsample(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Lay maps of the features over images. (n, 1, h, w) -> (n, size, size), each divided by its maximum unless it is 0.
 
     Cell i of the features is centered at pixel STRIDE * i of the image, as every convolution with a stride is padded
     evenly: at 224 px, stretching 14 cells over the whole side would shift the map by up to half a cell.
