@@ -15,7 +15,7 @@ from engine import Engine, Outputs, build_engine
 from flags import SPLITS, is_ordinal, replaced_splits
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, index_folders
-from images.leakage import subject_ids
+from images.leakage import num_trained_on, subject_ids
 from images.splits import find_images, paths_by_split
 from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
@@ -151,11 +151,8 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
 
 def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict) -> None:
     """Print a line if images have name and size of images that the checkpoint was trained on."""
-    names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
-    trained = set(zip(map(os.path.basename, names), sizes.tolist(), strict=True))
     for split, index in splits.items():
-        files = zip(map(os.path.basename, index.paths), index.sizes, strict=True)
-        if num_trained := sum(file in trained for file in files):
+        if num_trained := num_trained_on(index.paths, [checkpoint]):
             print(
                 f"warning: {num_trained} of the {len(index)} images of --{split}_dirs have the name and size of images "
                 "that the model was trained on: the metrics will be too optimistic"

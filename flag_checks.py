@@ -105,6 +105,27 @@ def explicit_flags(argv: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_args(argv))
 
 
+def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag: str = "--resume") -> None:
+    """Raise UserError if a flag of the checkpoint at `path` has a value that no command line can give it.
+
+    inherited: {flag: value}; flag: the flag that names the file.
+    """
+    for action in build_parser()._actions:
+        if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
+            continue
+        value = inherited[action.dest]
+        try:
+            values = value if action.nargs in ("+", 3) and value is not None else [value]
+            is_valid = value in (None, action.default) or all(
+                item == (action.type or str)(str(item)) and (not action.choices or item in action.choices)
+                for item in values
+            )
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            is_valid = False
+        if not is_valid:
+            raise UserError(f"{flag}: {path} has been altered: its --{action.dest} is {value!r}")
+
+
 def _check_shares(args):
     """Raise UserError if `--split` has no images for a split without folders of its own."""
     for split, share in zip(SPLITS, args.split, strict=True):

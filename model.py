@@ -182,7 +182,7 @@ def _first_wrong_key(checkpoint):
     return None
 
 
-def weights_do_not_fit(path: str | Path, error: Exception) -> UserError:
+def weights_do_not_fit(path: str | Path, error: Exception, flag: str = "--resume") -> UserError:
     """error: of a `load_state_dict`, whose first line does not say what does not fit."""
     reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return UserError(f"--resume: {path} does not fit this network: {reason[:300]}")
+    return UserError(f"{flag}: {path} does not fit this network: {reason[:300]}")

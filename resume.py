@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from engine import Engine
-from flag_checks import parse_flags
-from flags import NOT_INHERITED, SPLITS, build_parser, data_folders, replaced_splits
+from flag_checks import check_inherited, parse_flags
+from flags import NOT_INHERITED, SPLITS, data_folders, replaced_splits
 from images.cache import open_cache, read_all
-from images.decode import DECODER_VERSION
+from images.decode import DECODER_VERSION, warn_of_other_decoder
 from images.folders import ImageIndex, file_stat
 from images.splits import check_folders_used, find_images, paths_by_split
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
@@ -63,7 +63,7 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
         args.resume, args.run_dir = path and str(path), str(run_dir)
         if checkpoint:
             check_resumed_flags(args, checkpoint)
-            warn_of_other_decoder(args.resume, checkpoint)
+            warn_of_other_decoder(args.resume, checkpoint["decoder_version"])
         yield args, checkpoint
 
 
@@ -134,24 +134,6 @@ def inherited_flags(
     return inherited
 
 
-def check_inherited(inherited: dict[str, Any], path: str | Path) -> None:
-    """Raise UserError if a flag of the checkpoint at `path` has a value that no command line can give it."""
-    for action in build_parser()._actions:
-        if action.dest not in inherited or isinstance(action, argparse._StoreFalseAction):
-            continue
-        value = inherited[action.dest]
-        try:
-            values = value if action.nargs in ("+", 3) and value is not None else [value]
-            is_valid = value in (None, action.default) or all(
-                item == (action.type or str)(str(item)) and (not action.choices or item in action.choices)
-                for item in values
-            )
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            is_valid = False
-        if not is_valid:
-            raise UserError(f"--resume: {path} has been altered: its --{action.dest} is {value!r}")
-
-
 def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     """Raise UserError for flags that cannot change when a run is resumed."""
     if (args.train_loss == "ldam") != (checkpoint["args"].get("train_loss") == "ldam"):
@@ -162,18 +144,6 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     for name in fixed:
         if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
-
-
-def warn_of_other_decoder(path: str, checkpoint: dict) -> None:
-    """Warn if the images of the checkpoint at `path` were decoded by another version of this project."""
-    version = checkpoint["decoder_version"]
-    if version != DECODER_VERSION:
-        print(
-            f"warning: --resume: {path} was trained on images decoded by version {version}, this is version "
-            f"{DECODER_VERSION}; images with a color profile, an unused alpha channel or more than 8 bits per channel "
-            "may have other colors now",
-            file=sys.stderr,
-        )
 
 
 def how_to_resume(args: argparse.Namespace, argv: Sequence[str], was_saved: bool) -> str:

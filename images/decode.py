@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -153,12 +154,13 @@ def decode(path: str | Path, size: int, resize: str = "stretch") -> tuple[np.nda
     """
     image, is_dark = _load(path, size)
     aspect = max(image.size) / min(image.size)
-    image = _to_square(image, size, resize)  # frees the full image, while its memory is still in the processor's cache
+    image = to_square(image, size, resize)  # frees the full image, while its memory is still in the processor's cache
     pixels = np.asarray(image)
     return pixels, (aspect, ONE_COLOR * _is_one_color(pixels) | TOO_DARK * is_dark)
 
 
-def _to_square(image, size, resize):
+def to_square(image: Image.Image, size: int, resize: str) -> Image.Image:
+    """8-bit RGB image of any sides -> (size, size), antialiased. resize: as for `decode`."""
     width, height = image.size
     if resize == "crop":
         side = min(width, height)
@@ -178,6 +180,20 @@ def _is_one_color(pixels):
     if any(abs(a - b) > SAME_COLOR for a, b in zip(corner, middle, strict=True)):  # nearly always
         return False
     return bool(np.ptp(pixels.reshape(-1, 3), axis=0).max() <= SAME_COLOR)
+
+
+def warn_of_other_decoder(path: str | Path, version: int, flag: str = "--resume") -> None:
+    """Warn if the images of the checkpoint at `path` were decoded by another version of this project.
+
+    flag: the flag that names the file.
+    """
+    if version != DECODER_VERSION:
+        print(
+            f"warning: {flag}: {path} was trained on images decoded by version {version}, this is version "
+            f"{DECODER_VERSION}; images with a color profile, an unused alpha channel or more than 8 bits per channel "
+            "may have other colors now",
+            file=sys.stderr,
+        )
 
 
 def read_image(path: str | Path, size: int, resize: str = "stretch") -> np.ndarray:

@@ -139,30 +139,17 @@ def index_folders(
     layout.
     """
     found, skipped, unread, passed_over = {}, Counter(), Counter(), Counter()
-    extensions = image_extensions()
     for folder in folders:
         class_folders = _class_folders(folder, classes, flag, passed_over)
         if classes is None:
             _check_level(folder, class_folders, flag)
         for name, class_folder in class_folders:
-            files, is_written = _files_below(class_folder, flag, passed_over)
-            images, others = [], Counter()
-            for path in files:
-                extension = os.path.splitext(path)[1].lower()
-                if extension in extensions:
-                    images.append(path)
-                elif extension in HEIF_EXTENSIONS:
-                    unread[name] += 1
-                else:
-                    others[extension or "no extension"] += 1
+            images, others, is_written = images_below(class_folder, flag, passed_over)
+            unread[f"class {name}"] += sum(others.pop(extension, 0) for extension in HEIF_EXTENSIONS)
             if images or not is_written:  # otherwise it is a folder of runs, not of a class
                 found.setdefault(name, []).extend(images)
                 skipped.update(others)
-    print_passed_over(passed_over, flag)
-    if skipped:
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
-        print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
-    _warn_of_heif(unread, flag)
+    print_left_out(passed_over, skipped, unread, flag)
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
     if classes is None:
@@ -173,12 +160,20 @@ def index_folders(
     return ImageIndex(paths, targets, names)
 
 
-def _warn_of_heif(unread, flag):
-    """unread: {class: number of photographs that need pillow-heif}."""
+def print_left_out(passed_over: Counter, skipped: Counter, unread: Counter, flag: str) -> None:
+    """Print what of the folders of `flag` is not used.
+
+    passed_over: {kind: how many}; skipped: {extension: files}; unread: {place: photographs that need pillow-heif}.
+    """
+    print_passed_over(passed_over, flag)
+    if skipped:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
+        print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
+    unread = +unread  # without zeros
     if unread:
-        counts = [f"class {name}: {unread[name]}" for name in sorted(unread, key=natural_key)]
+        counts = [f"{name}: {unread[name]}" for name in sorted(unread, key=natural_key)]
         if len(counts) > MAX_LISTED:
-            counts[MAX_LISTED:] = [f"{len(counts) - MAX_LISTED} more classes"]
+            counts[MAX_LISTED:] = [f"and {len(counts) - MAX_LISTED} more"]
         print(
             f"warning: {flag}: {sum(unread.values())} HEIC photographs are left out ({', '.join(counts)}); to read "
             "them, install the package pillow-heif: pip install pillow-heif"
@@ -230,6 +225,23 @@ def _shell_word(path):
         return shlex.quote(path)
     escapes = {"'": "\\'", "\\": "\\\\"} | {chr(0xDC00 + byte): f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
     return f"$'{''.join(escapes.get(letter, letter) for letter in path)}'"
+
+
+def images_below(folder: str | Path, flag: str, passed_over: Counter) -> tuple[list[str], Counter, bool]:
+    """-> (paths of the images below a folder in a fixed order, {extension: how many other files}, whether runs write
+    there).
+
+    What is passed over is added to `passed_over`. Raises UserError, naming `flag`, for what cannot be read.
+    """
+    files, is_written = _files_below(folder, flag, passed_over)
+    images, others, extensions = [], Counter(), image_extensions()
+    for path in files:
+        extension = os.path.splitext(path)[1].lower()
+        if extension in extensions:
+            images.append(path)
+        else:
+            others[extension or "no extension"] += 1
+    return images, others, is_written
 
 
 def _files_below(folder, flag, passed_over):
@@ -333,15 +345,22 @@ def _check_classes(names, found, folders, classes, flag, allow_missing):
 
 def check_duplicates(paths: Iterable[str], flag: str) -> None:
     """Raise UserError if an image is listed twice, also through a link: it could land in both training and test."""
-    seen, real_folders = set(), {}
-    for path in paths:
-        folder, _, name = path.rpartition(os.sep)
-        if folder not in real_folders:
-            real_folders[folder] = os.path.realpath(folder)
-        real_path = os.path.realpath(path) if os.path.islink(path) else f"{real_folders[folder]}{os.sep}{name}"
+    seen = set()
+    for path, real_path in with_real_paths(paths):
         if real_path in seen:
             raise UserError(f"{flag}: {path} is listed twice; pass each folder only once")
         seen.add(real_path)
+
+
+def with_real_paths(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """-> (path, the same file without links) of each file; each folder is resolved only once."""
+    real_folders = {}
+    for path in paths:
+        folder, separator, name = path.rpartition(os.sep)
+        if folder + separator not in real_folders:
+            real_folders[folder + separator] = os.path.realpath(folder + separator)
+        real_folder = real_folders[folder + separator]
+        yield path, os.path.realpath(path) if os.path.islink(path) else f"{real_folder}{os.sep}{name}"
 
 
 def file_stat(path: str) -> tuple[int, int, int]:

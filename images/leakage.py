@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from images.folders import ImageIndex
+from images.folders import ImageIndex, file_stat
 from run.cli import UserError, first_line
 from run.cores import num_cores
 
@@ -87,6 +87,17 @@ def warn_of_grouped_names(paths: Iterable[str]) -> None:
                 f"--group_regex '{pattern}'"
             )
             return
+
+
+def num_trained_on(paths: Iterable[str], checkpoints: Iterable[dict]) -> int:
+    """How many images have the name and size of an image that one of the checkpoints was trained on."""
+    trained_sizes = {}
+    for checkpoint in checkpoints:
+        names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
+        for name, size in zip(map(os.path.basename, names), sizes.tolist(), strict=True):
+            trained_sizes.setdefault(name, set()).add(size)
+    found = ((path, trained_sizes.get(os.path.basename(path))) for path in paths)
+    return sum(sizes is not None and file_stat(path)[0] in sizes for path, sizes in found)
 
 
 def warn_of_near_duplicates(splits: dict[str, ImageIndex]) -> None:

@@ -84,6 +84,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)  # large blocks come from the kept memory too
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of a GPU was too small."""
+    return isinstance(error, torch.OutOfMemoryError) or str(error).strip().startswith("MPS backend out of memory")
+
+
 @contextmanager
 def name_hardware_errors() -> Iterator[None]:
     """Turn errors of the machine into a UserError that says in one line what failed and which flag helps."""
@@ -91,7 +96,7 @@ def name_hardware_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or reason.startswith("MPS backend out of memory"):
+        if is_out_of_memory(error):
             raise UserError(
                 "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
                 f"steps ({reason})"

@@ -225,4 +225,4 @@ def test_the_list_of_classes_with_heic_photographs_is_bounded(tmp_path, capsys, 
         write_images(tmp_path / name, 1)
         (tmp_path / name / "a.heic").touch()
     index_folders([tmp_path])
-    assert "class 19: 1, 30 more classes)" in capsys.readouterr().out
+    assert "class 19: 1, and 30 more)" in capsys.readouterr().out
