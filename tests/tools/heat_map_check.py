@@ -10,7 +10,6 @@ and patches drawn for this check until there are --per_grade.
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from explain import STRIDE, grad_cam, upsample
-from images.demo import draw_patch, wrinkle_mask
+from explain import STRIDE, grad_cam, rival_grades, upsample
 from images.decode import read_image
+from images.demo import draw_patch, wrinkle_mask
 from model import Model, load_checkpoint
 from run.cli import UserError, end_process, run_command
 
@@ -65,7 +64,9 @@ def read_patches(patches: list, grade: int, args: dict) -> tuple[torch.Tensor, n
     for path, start in patches:
         drawn = draw_patch(grade, np.random.default_rng(start))
         if np.abs(read_image(path, len(drawn)).astype(int) - drawn).mean() > 8:  # far more than JPEG changes
-            raise UserError(f"{path} is not what --seed {start[0]} draws; pass the --seed of the run that has written it")
+            raise UserError(
+                f"{path} is not what --seed {start[0]} draws; pass the --seed of the run that has written it"
+            )
         images.append(torch.from_numpy(read_image(path, size, args.get("resize", "stretch")).copy()).permute(2, 0, 1))
         mask = wrinkle_mask(grade, np.random.default_rng(start)).astype(np.float32)
         masks.append(cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA))
@@ -110,14 +111,13 @@ def correct_patches(
     return torch.stack(chosen_images), np.stack(chosen_masks)
 
 
-def check(model: Model, checkpoint: dict, options: argparse.Namespace, explain: Callable = grad_cam) -> int:
-    """Print one line per grade and the sum. -> exit status. explain: with the signature of `grad_cam`."""
+def check(model: Model, checkpoint: dict, options: argparse.Namespace) -> int:
+    """Print one line per grade and the sum. -> exit status"""
     hits, ideal_hits = [], []
     for grade in GRADES:
-        images, masks = correct_patches(
-            model, checkpoint, options.demo_data, grade, options.seed, options.per_grade
-        )
-        maps = explain(model, images, [checkpoint["classes"].index(str(grade))] * len(images))
+        images, masks = correct_patches(model, checkpoint, options.demo_data, grade, options.seed, options.per_grade)
+        targets = [checkpoint["classes"].index(str(grade))] * len(images)
+        maps = grad_cam(model, images, targets, rival_grades(targets, len(checkpoint["classes"])))
         hits.append(is_on_own_wrinkles(maps, masks))
         ideal_hits.append(is_on_own_wrinkles(ideal_maps(masks), masks))
         print(f"grade {grade}: {hits[-1].mean():.1%} of {len(images)} maps, {ideal_hits[-1].mean():.1%} of ideal maps")
