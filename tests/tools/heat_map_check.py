@@ -22,21 +22,14 @@ import torch.nn.functional as F
 from explain import STRIDE, grad_cam, rival_grades, upsample
 from images.decode import read_image
 from images.demo import draw_patch, wrinkle_mask
-from model import Model, load_checkpoint
+from inference import load
+from model import Model
 from run.cli import UserError, end_process, run_command
 
 GRADES = (2, 3, 4)
 REQUIRED = 0.9
 FRESH_SEED = 10_000  # of patches drawn for the check: no run has used it
 MAX_DRAWN = 4  # patches drawn, as a multiple of those wanted; a poor model grades few of them correctly
-
-
-def load(path: str) -> tuple[Model, dict]:
-    """-> (model in evaluation mode, its checkpoint)"""
-    checkpoint = load_checkpoint(path, "CHECKPOINT")
-    model = Model(len(checkpoint["classes"]), cosine_head=checkpoint["args"]["train_loss"] == "ldam")
-    model.load_state_dict(checkpoint["model_state_dict"])
-    return model.eval(), checkpoint
 
 
 def find_patches(checkpoint: dict, demo_data: str, grade: int, seed: int) -> list[tuple[Path, tuple]]:
@@ -137,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
-    return check(*load(options.checkpoint), options)
+    (loaded,) = load(options.checkpoint, "cpu").models
+    return check(loaded.model, loaded.checkpoint, options)
 
 
 if __name__ == "__main__":
