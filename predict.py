@@ -30,11 +30,7 @@ def build_parser() -> Parser:
     add("--images", nargs="+", required=True, metavar="PATH", help="photographs, and folders of photographs")
     add("--output", default="predictions.csv", metavar="FILE", help="predictions are saved here [predictions.csv]")
     add("--heatmaps", metavar="DIR", help="save a heat map of each photograph to this folder")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace the file of --output, and pictures in the folder of --heatmaps",
-    )
+    add("--overwrite", action="store_true", help="replace the file of --output, and files in the folder of --heatmaps")
     add("--tta", action="store_true", help="predict from the mean of each photograph and its mirror image")
     add(
         "--coverage",
