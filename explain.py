@@ -12,14 +12,23 @@ from model import Model
 
 CHUNK_PIXELS = 16 * 224 * 224  # per forward pass; its activations take about 1 GB
 STRIDE = 16  # pixels between two cells of the features
-OPACITY = 0.5  # of the colors over the photograph, where the map is 1
+OPACITY = 0.5  # of the colors over the photograph, where the map is at least 0.5
 COLORS = cv2.COLORMAP_TURBO
 
 
-def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int]) -> np.ndarray:
-    """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) on the output of the last stage, at the resolution of the images.
+# ------------------------------------------------------------------------------------------------------------- maps
 
-    model: left as it is; images: (N, 3, S, S) uint8 on its device; targets: the class to explain, for each of the N
+
+def grad_cam(
+    model: Model, images: torch.Tensor, targets: Sequence[int], rivals: Sequence[int] | None = None
+) -> np.ndarray:
+    """Which regions speak for a class rather than for another, at the resolution of the images.
+
+    Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) on the output of the last stage. Explained is the logit of the target
+    minus that of its rival (contrastive explanations, Prabhushankar et al. 2020), without rivals minus the mean of all
+    logits: a region can raise all logits alike, which changes no prediction. For grades, see `rival_grades`.
+
+    model: left as it is; images: (N, 3, S, S) uint8 on its device; targets, rivals: N classes
     -> (N, S, S) float32, 0 to 1 = the largest value of each map. All zeros: no region speaks for the class.
     Computed in float32 and in chunks, whose memory does not depend on N.
     """
@@ -29,8 +38,23 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int]) -> np.n
     with _for_explanation(model):
         for start in range(0, len(images), per_chunk):
             chunk = slice(start, start + per_chunk)
-            maps[chunk] = _upsampled(_coarse_maps(model, images[chunk], targets[chunk]), size).cpu().numpy()
+            coarse = _coarse_maps(model, images[chunk], targets[chunk], None if rivals is None else rivals[chunk])
+            maps[chunk] = upsample(coarse, size).cpu().numpy()
     return maps
+
+
+def rival_grades(grades: Sequence[int], num_classes: int) -> list[int]:
+    """The rivals that show what a grade is given for: the grade below, or above the lowest one.
+
+    Against the grade above, smooth skin speaks for grade 3; against the grade below, its wrinkles do.
+    """
+    return [grade - 1 if grade else min(1, num_classes - 1) for grade in grades]
+
+
+def neighbor_grade(probabilities: np.ndarray, grade: int) -> int | None:
+    """The more probable of the grades beside `grade`. probabilities: (C,). None if it is the only grade."""
+    beside = [other for other in (grade - 1, grade + 1) if 0 <= other < len(probabilities)]
+    return max(beside, key=lambda other: probabilities[other], default=None)
 
 
 @contextmanager
@@ -50,26 +74,33 @@ def _for_explanation(model: Model) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
-def _coarse_maps(model, images, targets):
+def _coarse_maps(model, images, targets, rivals):
     """-> (n, 1, h, w), h and w of the features"""
     from captum.attr import LayerGradCam  # takes a second
 
-    # not `model` itself, which may be compiled
-    method = LayerGradCam(model.forward, model.backbone.layer4)
-    targets = torch.as_tensor(targets, dtype=torch.int64, device=images.device)
-    return method.attribute(images, targets, relu_attributions=True).detach()
+    def contrast(images):
+        logits = model.forward(images)  # not by calling `model`, which may be compiled
+        rows = torch.arange(len(images), device=logits.device)
+        against = logits.mean(dim=1) if rivals is None else logits[rows, rivals]
+        return logits[rows, targets] - against
+
+    return LayerGradCam(contrast, model.backbone.layer4).attribute(images, relu_attributions=True).detach()
 
 
-def _upsampled(maps, size):
-    """(n, 1, h, w) -> (n, size, size), each divided by its maximum, unless that is 0.
+def upsample(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Lay maps of the features over images. maps: (n, 1, h, w) -> (n, size, size), each divided by its maximum.
 
+    A map of zeros stays one.
     Cell i of the features is centered at pixel STRIDE * i of the image, as every convolution with a stride is padded
-    evenly: at 224 px, stretching 14 cells over the whole side would shift the map by up to half a cell.
+    evenly. Stretching 14 cells over all 224 px would shift the map by up to half a cell.
     """
     sides = [STRIDE * (cells - 1) + 1 for cells in maps.shape[2:]]
     inside = F.interpolate(maps, sides, mode="bilinear", align_corners=True)
     maps = F.pad(inside, (0, size - sides[1], 0, size - sides[0]), mode="replicate").squeeze(1)
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
 
 
 def overlay(photo: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
@@ -80,7 +111,7 @@ def overlay(photo: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
     """
     heat = cv2.resize(np.asarray(heat_map, np.float32), photo.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     heat = heat.clip(0, 1)[..., None]
-    opacity = OPACITY * np.sqrt(heat)
+    opacity = OPACITY * np.minimum(1, 2 * heat)
     return np.round((1 - opacity) * photo + opacity * _colors(heat[..., 0])).astype(np.uint8)
 
 

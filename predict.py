@@ -43,7 +43,12 @@ def build_parser() -> Parser:
         help="photographs, and folders of photographs [required]",
     )
     add("--output", default="predictions.csv", metavar="FILE", help="predictions are saved here [predictions.csv]")
-    add("--overwrite", action="store_true", help="replace the file of --output if it exists [off]")
+    add("--heatmaps", metavar="DIR", help="save a heat map of each photograph to this folder [none]")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace the file of --output, and files in the folder of --heatmaps [off]",
+    )
     add("--tta", action="store_true", help="predict from the mean of each photograph and its mirror image [off]")
     add(
         "--coverage",
@@ -68,6 +73,8 @@ def run(argv: list[str]) -> int:
     from images.photographs import find_photographs
 
     refuse_existing(Path(args.output), args.overwrite)
+    if args.heatmaps:
+        refuse_folder(Path(args.heatmaps), args.images, args.overwrite)
     with Signals() as signals:
         paths = find_photographs(args.images, "--images")
         with signals.deferred():  # torch aborts the process if a signal raises while it is imported
@@ -99,12 +106,31 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
             raise UserError(f"--output: {path} {kind}; name another file, or add --overwrite to replace it")
 
 
+def refuse_folder(folder: Path, images: Sequence[str], overwrite: bool) -> None:
+    """Raise UserError if heat maps cannot be saved to `folder`, or would be photographs of the next prediction."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--heatmaps: {folder} is not a folder")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--heatmaps: the folder {folder.parent} does not exist; create it")
+    for name in images:
+        if Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"--heatmaps: {folder} is in {name}, a folder of --images; name a folder outside of it")
+    if folder.exists() and not overwrite and any(folder.iterdir()):
+        raise UserError(f"--heatmaps: {folder} is not empty; name another folder, or add --overwrite")
+
+
 def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals) -> int:
     """Predict all photographs, write them to the output, and print a summary. -> exit status"""
     from images.decode import limit_image_size
     from images.leakage import num_trained_on
     from run.files import RowFile
 
+    heat_maps = None
+    if args.heatmaps:
+        from heatmaps import HeatMapFolder
+
+        models = [loaded.model for loaded in grader.models]
+        heat_maps = HeatMapFolder(args.heatmaps, models, grader.classes, grader.is_ordinal)
     if args.max_megapixels:
         limit_image_size(args.max_megapixels)
     if num_trained := num_trained_on(paths, [loaded.checkpoint for loaded in grader.models]):
@@ -119,6 +145,8 @@ def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals)
                 for batch in grader.batches(paths):
                     rows.write(map(grader.row, batch.predictions))
                     summary.add(batch.predictions)
+                    if heat_maps:
+                        heat_maps.add(batch.images, batch.predictions)
                     bar.update(len(batch.predictions))
                     signals.raise_if_stopped()
         except Stopped as stop:
@@ -127,7 +155,8 @@ def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals)
         except UserError as error:
             raise UserError(f"{error}{rows.kept}") from error
         rows.finish()
-    return summary.print(args.output)
+    status = summary.print(args.output)
+    return max(status, heat_maps.print()) if heat_maps else status
 
 
 class Summary:

@@ -40,6 +40,15 @@ def draw_patch(grade: int, rng: np.random.Generator, size: int = PATCH_SIZE) -> 
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+def wrinkle_mask(grade: int, rng: np.random.Generator, size: int = PATCH_SIZE) -> np.ndarray:
+    """Where the wrinkles of a patch are, to check heat maps with -> (size, size) bool.
+
+    grade, rng, size: those of `draw_patch`, with the generator as it was before the patch was drawn.
+    """
+    _pores(rng, size)  # drawn before the wrinkles
+    return _furrows(grade, rng, size)[0] > 0
+
+
 def _smooth_noise(rng, size, sigma):
     """Noise of unit variance with a correlation length of about `sigma` pixels. -> (size, size)."""
     noise = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), sigma)
@@ -57,6 +66,15 @@ def _pores(rng, size):
 
 def _wrinkles(grade, rng, size):
     """Roughly parallel furrows that fade at their ends, each with a lit edge. -> (size, size), log brightness."""
+    furrows, depth = _furrows(grade, rng, size)
+    groove = cv2.GaussianBlur(furrows, (0, 0), 1.0 + 0.2 * grade)
+    wide = cv2.GaussianBlur(furrows, (0, 0), 4)
+    lit_edge = np.vstack([wide[:3], wide[:-3]])
+    return depth * (1.3 * lit_edge - 0.6 * wide - 2.3 * groove)
+
+
+def _furrows(grade, rng, size):
+    """-> (their lines (size, size), about 1 in the middle of each and 0 beside it, and their depth)"""
     furrows = np.zeros((size, size))
     number = 2 * grade + int(rng.integers(-1, 2)) if grade else 0
     # neighboring grades overlap slightly, as they do in human ratings
@@ -72,10 +90,7 @@ def _wrinkles(grade, rng, size):
         wave = 1.5 * np.sin(rng.uniform(4, 9) * along + rng.uniform(0, 6.3))
         y = height + size * (tilt * along + bend * along**2) + wave
         furrows = np.maximum(furrows, rng.uniform(0.8, 1.2) * _tapered_line(x, y, size))
-    groove = cv2.GaussianBlur(furrows, (0, 0), 1.0 + 0.2 * grade)
-    wide = cv2.GaussianBlur(furrows, (0, 0), 4)
-    lit_edge = np.vstack([wide[:3], wide[:-3]])
-    return depth * (1.3 * lit_edge - 0.6 * wide - 2.3 * groove)
+    return furrows, depth
 
 
 def _tapered_line(x, y, size):

@@ -80,6 +80,9 @@ def test_images_of_the_training_are_a_warning(finished_run, tmp_path, capsys):
         (["--images", "{photo}", "--output", "{empty}"], "--output: {empty} is a folder"),
         (["--images", "{photo}", "--output", "{none}/p.csv"], "--output: the folder {none} does not exist"),
         (["--images", "{photo}", "{other}"], "MODEL: {other} has other classes"),
+        (["--images", "{photo}", "--heatmaps", "{photo}"], "--heatmaps: {photo} is not a folder"),
+        (["--images", "{photo}", "--heatmaps", "{none}/maps"], "--heatmaps: the folder {none} does not exist"),
+        (["--images", "{empty}", "--heatmaps", "{empty}/maps"], "--heatmaps: {empty}/maps is in {empty}, a folder of"),
         (["--images", "{photo}", "--coverage", "1"], "argument --coverage: must be below 1"),
     ],
 )
@@ -115,6 +118,24 @@ def test_a_cross_validation_predicts_with_all_its_folds(tmp_path, capsys):
     folds = [tmp_path / "cv" / f"fold_{fold}" for fold in range(3)]
     mean = sum(load(fold, "cpu")([rows[0]["path"]])[0].probabilities for fold in folds) / 3
     assert [float(rows[0][f"prob_{c}"]) for c in range(3)] == pytest.approx(mean, abs=1e-4)
+
+
+def test_heat_maps_are_named_by_their_rows_and_change_no_prediction(finished_run, tmp_path, capsys):
+    for name in ("a", "b"):
+        write_images(tmp_path / "new" / name, 2, seed=len(name))
+    (tmp_path / "new" / "a" / "001.png").write_bytes(b"")
+    flags = [finished_run, "--images", tmp_path / "new", "--output"]
+    maps = tmp_path / "maps"
+    assert run_predict(*flags, tmp_path / "plain.csv") == 1
+    assert run_predict(*flags, tmp_path / "p.csv", "--heatmaps", maps) == 1
+    assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+    written = ["000001_000.png", "000003_000.png", "000004_001.png"]
+    assert sorted(file.name for file in maps.iterdir()) == written
+    assert f"3 heat maps saved to {maps}\n" in capsys.readouterr().out
+    assert run_predict(*flags, tmp_path / "q.csv", "--heatmaps", maps) == 2
+    assert "--heatmaps: " in capsys.readouterr().err and not (tmp_path / "q.csv").exists()
+    assert run_predict(*flags, tmp_path / "q.csv", "--heatmaps", maps, "--overwrite") == 1
+    assert sorted(file.name for file in maps.iterdir()) == written
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from explain import CHUNK_PIXELS, grad_cam, overlay
+from explain import CHUNK_PIXELS, grad_cam, neighbor_grade, overlay, rival_grades
 from model import CosineHead, Model
 
 
@@ -29,15 +29,47 @@ def features_of(model, images):
     return kept[0]
 
 
-def test_with_average_pooling_and_a_linear_head_the_map_is_the_class_activation_map(model):
+@pytest.mark.parametrize("rivals", [None, [1, 1, 0]])
+def test_with_average_pooling_and_a_linear_head_the_map_is_the_class_activation_map(model, rivals):
     """Selvaraju et al. 2017, sec. 3.1: Grad-CAM generalizes CAM, the features weighted by the head's weights."""
     images, targets = random_images(3), [0, 2, 1]
-    cam = torch.einsum("nkhw,nk->nhw", features_of(model, images), model.head.weight[targets].detach()).relu()
-    maps = grad_cam(model, images, targets)
-    assert maps.shape == (3, 64, 64) and maps.dtype == np.float32
+    weights = model.head.weight.detach()
+    contrast = weights[targets] - (weights.mean(dim=0) if rivals is None else weights[rivals])
+    cam = torch.einsum("nkhw,nk->nhw", features_of(model, images), contrast).relu()
     cam /= cam.amax(dim=(1, 2), keepdim=True)
+    maps = grad_cam(model, images, targets, rivals)
+    assert maps.shape == (3, 64, 64) and maps.dtype == np.float32
     np.testing.assert_allclose(maps[:, ::16, ::16], cam, rtol=1e-4, atol=1e-6)  # 4 x 4 cells
     assert maps.max() == pytest.approx(1)
+
+
+def test_what_raises_all_logits_alike_speaks_for_no_class(model):
+    """Softmax does not see it, and neither may the map."""
+    images = random_images(2)
+    before = [grad_cam(model, images, [0, 2]), grad_cam(model, images, [0, 2], [1, 1])]
+    with torch.no_grad():
+        model.head.weight += torch.randn(2048)
+    after = [grad_cam(model, images, [0, 2]), grad_cam(model, images, [0, 2], [1, 1])]
+    np.testing.assert_allclose(after, before, atol=1e-3)
+
+
+def test_a_grade_is_explained_against_the_grade_below_and_the_lowest_against_the_next():
+    assert rival_grades([0, 1, 4], num_classes=5) == [1, 0, 3]
+    assert rival_grades([0], num_classes=1) == [0]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "grade", "neighbor"),
+    [
+        ([0.1, 0.2, 0.5, 0.15, 0.05], 2, 1),
+        ([0.1, 0.15, 0.5, 0.2, 0.05], 2, 3),
+        ([0.4, 0.1, 0.3, 0.2], 0, 1),  # not 2, which is more probable
+        ([0.3, 0.2, 0.1, 0.4], 3, 2),
+        ([1.0], 0, None),
+    ],
+)
+def test_the_neighbor_is_the_more_probable_of_the_grades_beside_it(probabilities, grade, neighbor):
+    assert neighbor_grade(np.array(probabilities), grade) == neighbor
 
 
 def test_cells_of_the_features_are_laid_where_they_look(model):
@@ -83,16 +115,18 @@ def test_surroundings_and_mode_do_not_change_the_map(model):
 
 def test_chunks_do_not_change_the_maps(model, monkeypatch):
     images, targets = random_images(5), [0, 1, 2, 0, 1]
-    together = grad_cam(model, images, targets)
+    rivals = [1, 0, 1, 2, 2]
+    together = grad_cam(model, images, targets, rivals)
     assert CHUNK_PIXELS >= 5 * 64 * 64
     monkeypatch.setattr("explain.CHUNK_PIXELS", 2 * 64 * 64)
-    np.testing.assert_allclose(grad_cam(model, images, targets), together, atol=1e-5)
+    np.testing.assert_allclose(grad_cam(model, images, targets, rivals), together, atol=1e-5)
 
 
 def test_a_class_that_nothing_speaks_for_has_a_map_of_zeros(model):
     with torch.no_grad():
-        model.head.weight[1] = -1  # the features are not negative
+        model.head.weight[1] = model.head.weight.min() - 1  # the features are not negative
     assert not grad_cam(model, random_images(1), [1]).any()
+    assert not grad_cam(model, random_images(1), [1], [1]).any()
 
 
 def test_models_with_a_cosine_head_and_sides_of_any_length_have_maps(thin_network):

@@ -15,7 +15,7 @@ LAYERS = (
     ("main", "predict", "search", "ablate", "report", "bench"),
     ("study",),
     ("evaluation", "inference", "resume"),
-    ("pages",),
+    ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),
     ("dataset_double", "model", "tracking", "calibration"),
