@@ -16,14 +16,14 @@ from PIL import Image
 from calibration import PredictionSets, ValOutputs, adjust
 from engine import Engine, build_engine
 from flag_checks import check_inherited
-from flags import build_parser, is_ordinal
+from flags import NOT_INHERITED, build_parser, is_ordinal
 from images.decode import limit_image_size, to_square, warn_of_other_decoder
+from images.decode_ahead import DecodedBatches
 from images.device_batches import DeviceBatches
 from images.folders import natural_key
-from images.photographs import DecodedBatches
 from model import Model, load_checkpoint, weights_do_not_fit
 from run.cli import UserError
-from run.files import printable, read_json, read_predictions, valid_text
+from run.files import decimal, printable, probability_columns, read_json, read_predictions, valid_text
 from run.folder import FOLDS_FILE
 from run.machine import choose_device, is_out_of_memory
 from run.saver import BEST
@@ -124,7 +124,8 @@ def load(
 
 def _load_model(path, device):
     checkpoint = load_checkpoint(path, FLAG)
-    check_inherited(checkpoint["args"], path, FLAG)
+    trained = {name: value for name, value in checkpoint["args"].items() if name not in NOT_INHERITED}
+    check_inherited(trained, path, FLAG)
     warn_of_other_decoder(path, checkpoint["decoder_version"], FLAG)
     args = argparse.Namespace(**vars(build_parser().parse_args([])) | checkpoint["args"])
     # compiling takes longer than most predictions; the averaged weights are those that were stored
@@ -278,7 +279,7 @@ class Grader:
                     raise UserError(
                         "--device: the memory of the GPU is too small; predict with --device cpu"
                     ) from error
-            print(f"the memory of the GPU is too small: continuing with {self._piece} photographs at once")
+            print(f"the memory of the GPU is too small; photographs per pass from now on: {self._piece}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -303,6 +304,26 @@ class Grader:
             if (np.diff(numbers) > 0).all():
                 return numbers
         return np.arange(len(self.classes), dtype=float)
+
+    @property
+    def columns(self) -> list[str]:
+        """-> the columns of a file of predictions."""
+        names = ["path", "prediction", "probability", *probability_columns(self.classes)]
+        names += ["expected_grade"] if self.is_ordinal else []
+        return names + ["prediction_set", "uncertain"] + (["agreement"] if len(self.models) > 1 else []) + ["error"]
+
+    def row(self, prediction: Prediction) -> list[str | int]:
+        """-> its row in a file with these columns. The classes of a set are written as {0/1}, as no folder has a / in
+        its name."""
+        if prediction.error is not None:
+            return [prediction.path] + [""] * (len(self.columns) - 2) + [prediction.error]
+        row = [prediction.path, prediction.prediction, decimal(prediction.probability)]
+        row += map(decimal, prediction.probabilities)
+        row += [decimal(prediction.expected_grade)] if self.is_ordinal else []
+        has_set = prediction.prediction_set is not None
+        row += [f"{{{'/'.join(prediction.prediction_set)}}}", int(prediction.uncertain)] if has_set else ["", ""]
+        row += [decimal(prediction.agreement)] if len(self.models) > 1 else []
+        return [*row, ""]
 
     @cached_property
     def prediction_sets(self) -> PredictionSets | None:

@@ -126,6 +126,73 @@ def read_yaml(path: str | Path, flag: str | None = None) -> Any:
     return content
 
 
+def part_of(path: str | Path) -> Path:
+    """-> where the rows of an unfinished `RowFile` are."""
+    return Path(f"{path}.part")
+
+
+class RowFile:
+    """A CSV file that is written row by row under the name of `part_of`, and gets its name once it is complete.
+
+    A context; if it is left before `finish`, the rows so far are kept. Each `write` is whole or not there.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str], flag: str):
+        """flag: the flag that names the file, for error messages. Replaces the file of `part_of`."""
+        self.path, self.part, self.columns, self.flag = Path(path), part_of(path), columns, flag
+        self.rows, self._size = 0, 0  # that are written; in bytes
+
+    def __enter__(self) -> "RowFile":
+        with self._naming_errors():
+            self._file = open(self.part, "w", encoding="utf-8", errors="backslashreplace", newline="")
+            self._writer = csv.writer(self._file, lineterminator="\n")
+            self._write([self.columns])
+        return self
+
+    def write(self, rows: Iterable[Sequence]) -> None:
+        """Raises UserError, naming the flag, if there is no room for the rows."""
+        rows = list(rows)
+        with self._naming_errors():
+            self._write(rows)
+            self.rows += len(rows)
+
+    def _write(self, rows):
+        self._writer.writerows(rows)
+        self._file.flush()
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def finish(self) -> None:
+        """Rename the complete file. Raises UserError, naming the flag."""
+        with self._naming_errors():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self.part, self.path)
+            _sync_folder(self.path.parent)
+
+    @property
+    def kept(self) -> str:
+        """-> for a message: where the rows so far are."""
+        return f"; the {self.rows} rows so far are in {self.part}" if self.rows else ""
+
+    def __exit__(self, *_):
+        if self._file.closed:
+            return
+        with suppress(OSError):  # what a full disk did not take before
+            self._file.close()
+        with suppress(OSError):
+            if self.rows:
+                os.truncate(self.part, self._size)
+            else:
+                self.part.unlink()
+
+    @contextmanager
+    def _naming_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.flag}: {self.path} cannot be written: {error.strerror}") from error
+
+
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """Read a file of `write_csv` or `write_predictions`. -> [{column: text}]"""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:

@@ -111,6 +111,12 @@ def write_checkpoint(path, checkpoint):
     save_checkpoint(path, checkpoint)
 
 
+def changed_checkpoint(run_dir, path, **changes):
+    """The best model of a run with other content, written to `path`. -> path"""
+    write_checkpoint(path, {**load_checkpoint(run_dir / BEST), **changes})
+    return path
+
+
 def differences(left, right):
     """What differs between two run folders, bit for bit, apart from times and flags. -> names"""
     different = []

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # command: the module that has its `build_parser()`
 COMMANDS = {
-    "main.py": "flags", "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
-    "export.py": "export",
+    "main.py": "flags", "predict.py": "predict", "export.py": "export",
+    "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
 # placeholders, another spelling, and options of other tools

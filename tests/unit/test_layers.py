@@ -12,7 +12,7 @@ from helpers import ROOT
 
 # from the top; a module imports only from layers below its own, or from its own package
 LAYERS = (
-    ("main", "search", "ablate", "report", "bench", "export"),
+    ("main", "predict", "export", "search", "ablate", "report", "bench"),
     ("study",),
     ("evaluation", "inference", "portable", "resume"),
     ("pages",),
@@ -35,6 +35,7 @@ FROM_ABOVE = {"running_metrics"}
 # mistakes in the flags that each command finds itself
 MISTAKES = {
     "main": ["--epochs", "none"],
+    "predict": ["runs/x", "--images", "a.jpg", "--coverage", "1"],
     "search": ["sweep.yaml", "--jobs", "0"],
     "ablate": ["--epochs", "0"],
     "report": [],

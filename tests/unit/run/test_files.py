@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ import pytest
 from run.cli import UserError
 from run.files import (
     HISTORY_COLUMNS,
+    RowFile,
     atomic_write,
+    part_of,
     printable,
     read_json,
+    read_rows,
     read_yaml,
     valid_text,
     write_history,
@@ -104,3 +108,46 @@ def test_yaml_errors_name_the_flag_and_the_file(tmp_path):
     assert read_yaml(path)["c"] == {"b": [1, {"b": 2}]} and read_yaml(path)["한글"] == "é"
     path.write_text("")
     assert read_yaml(path) is None
+
+
+# ---------------------------------------------------------------------------------------------------- row by row
+
+
+def test_a_file_of_rows_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "rows.csv"
+    with RowFile(path, ["a", "b"], "--output") as rows:
+        rows.write([(1, "x,y"), (2, "한")])
+        assert not path.exists() and part_of(path).read_text(encoding="utf-8") == 'a,b\n1,"x,y"\n2,한\n'
+        rows.finish()
+    assert read_rows(path) == [{"a": "1", "b": "x,y"}, {"a": "2", "b": "한"}] and not part_of(path).exists()
+
+
+def test_rows_are_kept_if_their_file_is_not_finished(tmp_path):
+    path = tmp_path / "rows.csv"
+    with pytest.raises(KeyboardInterrupt), RowFile(path, ["a"], "--output") as rows:
+        rows.write([[1], [2]])
+        assert rows.kept == f"; the 2 rows so far are in {path}.part"
+        raise KeyboardInterrupt
+    assert part_of(path).read_text() == "a\n1\n2\n" and not path.exists()
+    with RowFile(path, ["a"], "--output") as rows:  # without rows, nothing is kept
+        assert rows.kept == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_flag(tmp_path, monkeypatch):
+    os.symlink("/dev/full", tmp_path / "rows.csv.part")
+    with (
+        pytest.raises(UserError, match=r"--output: .*rows.csv cannot be written: No space left"),
+        RowFile(tmp_path / "rows.csv", ["a"], "--output"),
+    ):
+        pass
+
+
+def test_half_a_row_that_a_full_disk_took_is_removed(tmp_path):
+    path = tmp_path / "rows.csv"
+    with RowFile(path, ["a"], "--output") as rows:
+        rows.write([[1]])
+        with open(part_of(path), "a") as file:
+            file.write("2")
+    assert part_of(path).read_text() == "a\n1\n"

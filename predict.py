@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Predict the classes of photographs with trained models, and say for which of them the model is uncertain."""
+
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from run.cli import Parser, UserError, end_process, number, progress_bar, run_command
+from run.signals import Signals, Stopped
+
+if TYPE_CHECKING:
+    from images.folders import Paths
+    from inference import Grader, Prediction
+
+DESCRIPTION = """Predict the classes of photographs with trained models.
+
+python predict.py runs/x --images photos/            the best model of a run
+python predict.py runs/cv --images a.jpg b.jpg       the mean of all folds of a cross-validation
+"""
+MAX_LISTED = 20  # classes, in a line
+
+
+def build_parser() -> Parser:
+    parser = Parser("predict.py", DESCRIPTION)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="run folder, checkpoint, or folder of a cross-validation")
+    add("--images", nargs="+", required=True, metavar="PATH", help="photographs, and folders of photographs")
+    add("--output", default="predictions.csv", metavar="FILE", help="predictions are saved here [predictions.csv]")
+    add("--overwrite", action="store_true", help="replace the file of --output if it exists")
+    add("--tta", action="store_true", help="predict from the mean of each photograph and its mirror image")
+    add(
+        "--coverage",
+        type=number(float, above=0, below=1),
+        default=0.9,
+        metavar="SHARE",
+        help="share of the cases of each class in which prediction_set contains the true class [0.9]",
+    )
+    add("--adjusted", action="store_true", help="apply the tau and temperature that were fitted after training")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
+    add(
+        "--max_megapixels",
+        type=number(float, above=0),
+        metavar="M",
+        help="refuse larger photographs, by default those that the run refused",
+    )
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    from images.photographs import find_photographs
+
+    refuse_existing(Path(args.output), args.overwrite)
+    with Signals() as signals:
+        paths = find_photographs(args.images, "--images")
+        with signals.deferred():  # torch aborts the process if a signal raises while it is imported
+            import torch
+
+            from inference import find_checkpoints, load
+            from run.cores import num_cores
+            from run.machine import keep_freed_memory
+        if __name__ == "__main__":
+            keep_freed_memory()
+        # both as in the training, for the same digits
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
+        torch.backends.cudnn.deterministic = True
+        checkpoints = find_checkpoints(args.models)
+        grader = load(checkpoints, args.device, tta=args.tta, coverage=args.coverage, adjusted=args.adjusted)
+        return predict(grader, paths, args, signals)
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raise UserError if the output, or what an interrupted prediction left of it, exists, unless `overwrite`."""
+    from run.files import part_of
+
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; name a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: the folder {output.parent} does not exist; create it")
+    for path, kind in ((output, "already exists"), (part_of(output), "has the rows of an interrupted prediction")):
+        if path.exists() and not overwrite:
+            raise UserError(f"--output: {path} {kind}; name another file, or add --overwrite to replace it")
+
+
+def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals) -> int:
+    """Predict all photographs, write them to the output, and print a summary. -> exit status"""
+    from images.decode import limit_image_size
+    from images.leakage import num_trained_on
+    from run.files import RowFile
+
+    if args.max_megapixels:
+        limit_image_size(args.max_megapixels)
+    if num_trained := num_trained_on(paths, [loaded.checkpoint for loaded in grader.models]):
+        print(
+            f"warning: {num_trained} of the {len(paths)} photographs have the name and size of images that the model "
+            "was trained on: the predictions for them are too good"
+        )
+    summary = Summary(grader)
+    with RowFile(args.output, grader.columns, "--output") as rows:
+        try:
+            with signals.deferred(), progress_bar(None, "photographs", "photo", len(paths)) as bar:
+                for batch in grader.batches(paths):
+                    rows.write(map(grader.row, batch.predictions))
+                    summary.add(batch.predictions)
+                    bar.update(len(batch.predictions))
+                    signals.raise_if_stopped()
+        except Stopped as stop:
+            print(f"stopped{rows.kept}", file=sys.stderr)
+            return stop.status
+        except UserError as error:
+            raise UserError(f"{error}{rows.kept}") from error
+        rows.finish()
+    return summary.print(args.output)
+
+
+class Summary:
+    """What the last lines of the command say."""
+
+    def __init__(self, grader: "Grader"):
+        self.sets = grader.prediction_sets  # says what is missing for them
+        self.grader, self.counts, self.uncertain = grader, Counter(), 0
+        self.first_unreadable, self.unreadable = None, 0
+
+    def add(self, predictions: Sequence["Prediction"]) -> None:
+        for prediction in predictions:
+            if prediction.error is None:
+                self.counts[prediction.prediction] += 1
+                self.uncertain += bool(prediction.uncertain)
+            else:
+                self.first_unreadable = self.first_unreadable or prediction
+                self.unreadable += 1
+
+    def print(self, output: str) -> int:
+        """-> exit status: 1 if photographs cannot be read."""
+        from run.files import printable
+
+        if self.counts:
+            shown = sorted(self.counts, key=self.grader.classes.index)[:MAX_LISTED]
+            listed = ", ".join(f"{printable(name)}: {self.counts[name]}" for name in shown)
+            more = f", and {len(self.counts) - MAX_LISTED} more classes" if len(self.counts) > MAX_LISTED else ""
+            sure = f"; uncertain: {self.uncertain}" if self.sets else ""
+            print(f"{self.counts.total()} photographs predicted ({listed}{more}){sure}")
+        print(f"predictions saved to {output}")
+        if not self.unreadable:
+            return 0
+        first = self.first_unreadable
+        print(
+            f"{self.unreadable} of {self.unreadable + self.counts.total()} photographs cannot be read, such as "
+            f"{first.path}: {first.error} (all reasons are in the column error)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def __getattr__(name: str) -> Any:
+    """`from predict import load`, without importing torch for --help."""
+    if name == "load":
+        from inference import load
+
+        return load
+    raise AttributeError(f"module 'predict' has no attribute {name!r}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0 done, 1 some photographs cannot be read, 2 a mistake of the user, 128 + N after signal N"""
+    return run_command(run, argv)
+
+
+if __name__ == "__main__":
+    end_process(main())
