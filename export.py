@@ -137,7 +137,8 @@ def check(output: Path, model: "PortableModel", grader: "Grader", photographs: S
         plain.add(photo, expected, actual if full.shape == pixels.shape else predict(full[np.newaxis]))
     if unreadable:
         more = f" ... and {len(unreadable) - MAX_LISTED} more" if len(unreadable) > MAX_LISTED else ""
-        print("\n  ".join([f"{len(unreadable)} photographs cannot be read:", *unreadable[:MAX_LISTED]]) + more)
+        head = f"{len(unreadable)} of {len(photographs)} photographs cannot be read:"
+        print("\n  ".join([head, *unreadable[:MAX_LISTED]]) + more)
     if not decoded.count:
         print("--check: nothing was compared", file=sys.stderr)
         return 1

@@ -52,7 +52,7 @@ class PortableModel(nn.Module):
         if posthoc:
             prior = posthoc["tau"] * class_shares(samples_per_cls).double().log()
             self.register_buffer("prior", prior, persistent=False)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         squares = square_as_pillow(images, self.image_size, self.resize)
@@ -80,7 +80,7 @@ def square_as_pillow(images: Tensor, size: int, resize: str) -> Tensor:
     if resize == "crop":
         box_height = box_width = torch.minimum(height, width)
     elif resize == "pad":
-        scale = size / torch.maximum(height, width).double()
+        scale = new_height.double() / torch.maximum(height, width)  # a number / a tensor would be rounded twice
         new_height, new_width = ((side.double() * scale).round().long().clamp(min=1) for side in (height, width))
     rows = _coefficients(images.shape[1], box_height, new_height, size)
     columns = _coefficients(images.shape[2], box_width, new_width, size)
