@@ -47,6 +47,7 @@ def run(argv: list[str]) -> int:
     output = Path(args.output)
     check_output(output, args.overwrite, args.adjusted)
     check_packages(output.suffix.lower(), with_check=bool(args.check))
+    is_written = False
     try:
         with Signals() as signals:
             from images.photographs import find_photographs
@@ -62,9 +63,10 @@ def run(argv: list[str]) -> int:
                 )
             grader = inference.load(checkpoints, "cpu", adjusted=args.adjusted)
             model = export_model(grader, output)
+            is_written = True
             return check(output, model, grader, photographs) if photographs else 0
     except Stopped as stop:
-        print(f"stopped; {output} {'is complete' if output.exists() else 'was not written'}", file=sys.stderr)
+        print(f"stopped; {output} {'is complete' if is_written else 'was not written'}", file=sys.stderr)
         return stop.status
 
 

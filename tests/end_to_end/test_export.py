@@ -1,6 +1,8 @@
 """export.py: its files, that they predict what predict.py does, and its mistakes in one line."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -194,3 +196,11 @@ def test_an_exporter_that_fails_is_one_line_and_keeps_the_previous_file(finished
     out, err = capsys.readouterr()
     assert err == "error: onnx: the export failed: RuntimeError: no such operator\n" and not out
     assert (tmp_path / "model.onnx").read_bytes() == b"previous"
+
+
+def test_ctrl_c_while_exporting_leaves_the_previous_file(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(portable, "portable_bytes", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    (tmp_path / "model.onnx").write_bytes(b"previous")
+    assert run_export(finished_run, tmp_path / "model.onnx", "--overwrite") == 128 + signal.SIGINT
+    assert capsys.readouterr().err == f"stopped; {tmp_path / 'model.onnx'} was not written\n"
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"previous"]
