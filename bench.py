@@ -2,7 +2,7 @@
 """Measure how fast the project is on this machine, side by side with the usual way of doing the same.
 
 python bench.py                     measure everything, print a table, write bench.json
-python bench.py --parts input step  measure only some of input, step, sharing, evaluation, startup, memory
+python bench.py --parts input step  measure only some of input, step, sharing, evaluation, predict, startup, memory
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from run.cli import Parser, UserError, end_process, run_command
 
-PARTS = ("input", "step", "sharing", "evaluation", "startup", "memory")
+PARTS = ("input", "step", "sharing", "evaluation", "predict", "startup", "memory")
 
 
 def build_parser() -> Parser:

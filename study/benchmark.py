@@ -35,6 +35,7 @@ from run.cli import progress_bar
 from run.cores import num_cores
 from run.files import write_json
 from run.machine import has_fused_optimizer, memory_format, resolve_amp
+from study.benchmark_prediction import measure_prediction
 from study.benchmark_reference import (
     reference_input_rate,
     reference_process,
@@ -69,6 +70,7 @@ def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, out
         "step": ("step", lambda: measure_step(device, compile)),
         "sharing": ("sharing", lambda: measure_sharing(device, SAMPLES_PER_CLS, median_rates)),
         "evaluation": ("evaluation", measure_evaluation),
+        "predict": ("predict", lambda: _prediction_rates(device)),
         "startup": ("startup", lambda: measure_startup(device)),
     }
     for part in sorted(set(parts), key=list(measurements).index):
@@ -275,6 +277,14 @@ def measure_evaluation() -> dict:
     return {"resamples_per_second": rates, "near_duplicates_s": time.perf_counter() - started}
 
 
+# ----------------------------------------------------------------------------------------------------------- predict
+
+
+def _prediction_rates(device):
+    functions = write_photos, read_into_cache, median_rates
+    return {str(side): measure_prediction(device, *functions, side) for side in PHOTO_SIDES}
+
+
 # ----------------------------------------------------------------------------------------------------------- startup
 
 
@@ -377,6 +387,10 @@ def format_table(results: dict) -> str:
         rows.append((title, f"{reference:.2f}", f"{ours:.0f}", f"{ours / reference:.0f}x"))
         seconds = f"{evaluation['near_duplicates_s']:.1f}"
         rows.append((f"near-duplicates among {NUM_DUPLICATE_IMAGES:,} images, s", "", seconds, ""))
+    for side, rates in results.get("predict", {}).items():
+        cached, files = rates["cached"], rates["files"]
+        title = f"predict.py from {side} px files (reference: evaluation from the cache), images/s"
+        rows.append((title, f"{cached:.2f}", f"{files:.2f}", f"{files / cached:.2f}x"))
     for count, seconds in results.get("startup", {}).items():
         first, second = (f"{seconds[name]:.2f}" for name in ("first_s", "second_s"))
         rows.append((f"start with {count} files, first / second time, s", "", f"{first} / {second}", ""))

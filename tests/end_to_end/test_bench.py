@@ -46,7 +46,7 @@ def small_bench(tmp_path_factory):
 
 
 def test_every_part_is_measured_and_written(small_bench):
-    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine", "sharing"}
+    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine", "sharing", "predict"}
     for rates in (small_bench["input"]["48"], small_bench["input"]["64"]):
         assert set(rates) == {"reference", "cold", "warm"} and all(rate > 0 for rate in rates.values())
     step = small_bench["step"]
@@ -59,6 +59,8 @@ def test_every_part_is_measured_and_written(small_bench):
     assert rates["ours"] > rates["reference"] > 0 and small_bench["evaluation"]["near_duplicates_s"] > 0
     assert set(small_bench["startup"]) == {"70", "140"}
     assert all(seconds["second_s"] > 0 for seconds in small_bench["startup"].values())
+    for rates in (small_bench["predict"]["48"], small_bench["predict"]["64"]):
+        assert set(rates) == {"cached", "files"} and all(rate > 0 for rate in rates.values())
     assert 0 < small_bench["memory_mb"]["per_worker"] < small_bench["memory_mb"]["process"]
 
 
