@@ -11,6 +11,8 @@ from run.cli import Parser, UserError, end_process, progress_bar, run_command
 from run.signals import Signals, Stopped
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from inference import Grader
     from portable import PortableModel
 
@@ -23,6 +25,7 @@ python export.py runs/x weights.safetensors            the weights alone
 """
 PACKAGES = {".onnx": ("onnx", "onnxscript"), ".pt2": (), ".safetensors": ("safetensors",)}  # needed for a file
 LIMIT = 1e-4  # of the difference of a probability in --check
+MAX_FULL_PIXELS = 50e6  # of a photograph at full size in --check, whose resize needs 24 bytes for each
 MAX_LISTED = 20  # photographs that cannot be read
 
 
@@ -136,7 +139,10 @@ def check(output: Path, model: "PortableModel", grader: "Grader", photographs: S
         expected = grader.probabilities_of([pixels], precise=True)
         actual = predict(pixels[np.newaxis])
         decoded.add(photo, expected, actual)
-        plain.add(photo, expected, actual if full.shape == pixels.shape else predict(full[np.newaxis]))
+        if full.shape == pixels.shape:
+            plain.add(photo, expected, actual)
+        elif full.size <= 3 * MAX_FULL_PIXELS:
+            plain.add(photo, expected, predict(full[np.newaxis]))
     if unreadable:
         more = f" ... and {len(unreadable) - MAX_LISTED} more" if len(unreadable) > MAX_LISTED else ""
         head = f"{len(unreadable)} of {len(photographs)} photographs cannot be read:"
@@ -158,7 +164,7 @@ class Differences:
     def __init__(self):
         self.count, self.changed, self.largest, self.where = 0, 0, 0.0, None
 
-    def add(self, photo: str, expected: "np.ndarray", actual: "np.ndarray") -> None:  # noqa: F821
+    def add(self, photo: str, expected: "np.ndarray", actual: "np.ndarray") -> None:
         """expected, actual: (1, C) probabilities"""
         difference = float(abs(expected - actual).max())
         self.count += 1

@@ -204,3 +204,12 @@ def test_ctrl_c_while_exporting_leaves_the_previous_file(finished_run, tmp_path,
     assert run_export(finished_run, tmp_path / "model.onnx", "--overwrite") == 128 + signal.SIGINT
     assert capsys.readouterr().err == f"stopped; {tmp_path / 'model.onnx'} was not written\n"
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"previous"]
+
+
+def test_huge_photographs_are_not_resized_from_their_full_size(
+    finished_run, photographs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(export, "MAX_FULL_PIXELS", 100 * 100)
+    assert run_export(finished_run, tmp_path / "w.safetensors", "--check", photographs) == 0
+    _, checked, full = capsys.readouterr().out.splitlines()
+    assert checked.endswith("of 5 photographs") and full.endswith("of 4 photographs")
