@@ -16,7 +16,7 @@ from PIL import Image
 from calibration import PredictionSets, ValOutputs, adjust
 from engine import Engine, build_engine
 from flag_checks import check_inherited
-from flags import build_parser, is_ordinal
+from flags import NOT_INHERITED, build_parser, is_ordinal
 from images.decode import limit_image_size, to_square, warn_of_other_decoder
 from images.decode_ahead import DecodedBatches
 from images.device_batches import DeviceBatches
@@ -124,7 +124,8 @@ def load(
 
 def _load_model(path, device):
     checkpoint = load_checkpoint(path, FLAG)
-    check_inherited(checkpoint["args"], path, FLAG)
+    trained = {name: value for name, value in checkpoint["args"].items() if name not in NOT_INHERITED}
+    check_inherited(trained, path, FLAG)
     warn_of_other_decoder(path, checkpoint["decoder_version"], FLAG)
     args = argparse.Namespace(**vars(build_parser().parse_args([])) | checkpoint["args"])
     # compiling takes longer than most predictions; the averaged weights are those that were stored

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # command: the module that has its `build_parser()`
 COMMANDS = {
-    "main.py": "flags", "predict.py": "predict",
+    "main.py": "flags", "predict.py": "predict", "export.py": "export",
     "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
 }  # fmt: skip
 # {flag: what its number counts or measures}; another flag with a number is listed in NO_UNIT

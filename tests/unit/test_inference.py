@@ -77,6 +77,12 @@ def test_arrays_are_resized_as_photographs_are(grade, photographs):
     assert grade.probabilities_of(arrays, precise=True) == pytest.approx(grade.probabilities_of(arrays), abs=1e-4)
 
 
+@pytest.mark.parametrize("flag", ["demo", "auto_resume", "eval_only"])
+def test_a_run_that_was_started_with_any_flag_can_be_loaded(finished_run, tmp_path, flag):
+    flags = {**load_checkpoint(finished_run / "best_model.pth")["args"], flag: True}
+    assert load(changed_checkpoint(finished_run, tmp_path / "best.pth", args=flags), "cpu").classes == CLASSES
+
+
 def test_a_flag_that_is_newer_than_the_checkpoint_has_its_default(finished_run, tmp_path, photographs, grade):
     flags = {k: v for k, v in load_checkpoint(finished_run / "best_model.pth")["args"].items() if k != "resize"}
     old = load(changed_checkpoint(finished_run, tmp_path / "old.pth", args=flags), "cpu")
