@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Export a trained model to a file that other programs run, and check that it predicts the same."""
 
 import importlib.util
@@ -34,14 +35,14 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, or checkpoint")
     add("output", metavar="OUTPUT", help="file to write: its ending says which kind, .onnx, .pt2 or .safetensors")
-    add("--adjusted", action="store_true", help="include the tau and temperature that were fitted after training")
+    add("--adjusted", action="store_true", help="include the tau and temperature that were fitted after training [off]")
     add(
         "--check",
         nargs="+",
         metavar="PATH",
-        help="photographs, and folders of photographs, for which the file must predict what predict.py does",
+        help="photographs, and folders of photographs, for which the file must predict what predict.py does [none]",
     )
-    add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add("--overwrite", action="store_true", help="replace OUTPUT if it exists [off]")
     return parser
 
 
