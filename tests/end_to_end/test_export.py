@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_the_example_predicts_without_torch(exported, photographs):
         assert numbers == pytest.approx(prediction.probabilities, abs=2e-6)
 
 
-def test_a_pt2_file_holds_the_adjusted_model(copied_run, photographs, tmp_path, capsys):
+def test_a_pt2_file_holds_the_adjusted_model(copied_run, photographs, tmp_path, monkeypatch, capsys):
     checkpoint = checkpoint_with_resize(copied_run, copied_run / "crop.pth", "crop")
     path = tmp_path / "model.pt2"
     assert run_export(checkpoint, path, "--adjusted", "--check", photographs) == 0
@@ -107,6 +108,12 @@ def test_a_pt2_file_holds_the_adjusted_model(copied_run, photographs, tmp_path, 
     expected = load(checkpoint, "cpu", adjusted=True).probabilities_of([images[0]], precise=True)
     assert module(torch.from_numpy(images)).numpy() == pytest.approx(expected, abs=1e-6)
     assert str(ROOT).encode() not in path.read_bytes()
+    Image.fromarray(images[0]).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    document = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", document, re.S) if "torch.export.load" in code]
+    exec(code, {})
+    assert capsys.readouterr().out.split()[0] in CLASSES
 
 
 def test_photographs_that_cannot_be_read_are_listed_and_the_status_is_1(finished_run, tmp_path, capsys):

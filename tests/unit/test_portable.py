@@ -11,6 +11,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors import safe_open
 
+import portable
 from calibration import adjust
 from images.decode import to_square
 from model import Model
@@ -48,6 +49,17 @@ def test_the_resize_has_the_bits_of_pillow(resize):
             expected = np.asarray(to_square(Image.fromarray(pixels), size, resize))
             square = square_as_pillow(torch.from_numpy(pixels)[None], size, resize)[0].permute(1, 2, 0).numpy()
             assert (square == expected).all(), (height, width, size)
+
+
+def test_the_resize_has_the_bits_of_a_pillow_that_always_begins_horizontally(monkeypatch):
+    monkeypatch.setattr(portable, "HAS_VERTICAL_FIRST", False)
+    pixels = noise(120, 40)
+    image, bilinear = Image.fromarray(pixels), Image.Resampling.BILINEAR
+    expected = np.asarray(image.resize((32, 120), bilinear).resize((32, 32), bilinear))
+    square = square_as_pillow(torch.from_numpy(pixels)[None], 32, "stretch")[0].permute(1, 2, 0).numpy()
+    assert (square == expected).all()
+    if portable.PIL.__version__ >= "13":
+        assert (square != np.asarray(to_square(image, 32, "stretch"))).any()
 
 
 def test_pad_rounds_the_shorter_side_as_python_does():
