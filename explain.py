@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model import Model
 
-CHUNK_PIXELS = 16 * 224 * 224  # per forward pass; its activations take about 1 GB
+CHUNK_PIXELS = 16 * 224 * 224  # per forward pass; its activations take a few hundred MB
 STRIDE = 16  # pixels between two cells of the features
 OPACITY = 0.5  # of the colors over the photograph, where the map is at least 0.5
 COLORS = cv2.COLORMAP_TURBO
