@@ -282,7 +282,7 @@ def measure_evaluation() -> dict:
 
 def _prediction_rates(device):
     functions = write_photos, read_into_cache, median_rates
-    return {str(side): measure_prediction(device, *functions, side) for side in PHOTO_SIDES}
+    return {str(side): measure_prediction(device, *functions, side, IMAGE_SIZE, BATCH_SIZE) for side in PHOTO_SIDES}
 
 
 # ----------------------------------------------------------------------------------------------------------- startup

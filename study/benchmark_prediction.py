@@ -22,16 +22,19 @@ def measure_prediction(
     read_into_cache: Callable[[Path, Path], ImageIndex],
     median_rates: Callable[[dict[str, Callable[[], float]]], dict[str, float]],
     side: int,
+    image_size: int,
+    batch_size: int,
 ) -> dict[str, float]:
     """Images per second of `Engine.evaluate` from the cache and of predict.py from JPEG files, with the same model.
 
-    The functions are those of study/benchmark.py; side: of the photographs, in pixels. -> {"cached", "files"}
+    The functions are those of study/benchmark.py; side: of the photographs, in pixels; image_size,
+    batch_size: as in the training. -> {"cached", "files"}
     """
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         write_photos(photos, side)
         index = read_into_cache(photos, Path(folder, "cache"))
-        grader = random_grader(index, device)
+        grader = random_grader(index, device, image_size, batch_size)
         engine = grader.models[0].engine
         dataset = DoubleSkinDataset(index, grader.image_size, grader.resize)
         loader = make_loader(dataset, grader.batch_size, pin_memory=device.type == "cuda")
@@ -53,9 +56,10 @@ def measure_prediction(
         return median_rates({"cached": cached, "files": files})
 
 
-def random_grader(index: ImageIndex, device: torch.device) -> Grader:
+def random_grader(index: ImageIndex, device: torch.device, image_size: int, batch_size: int) -> Grader:
     """A model with random weights and the default flags, and prediction sets from random outputs."""
-    args = parse_flags(["--data_dirs", str(Path(index.paths[0]).parents[1])])
+    folder, sizes = Path(index.paths[0]).parents[1], ["--image_size", str(image_size), "--batch_size", str(batch_size)]
+    args = parse_flags(["--data_dirs", str(folder), *sizes])
     engine = build_engine(args, device, CBLoss(index.counts()), len(index.classes))
     engine.model.eval()
     shape = len(index), len(index.classes)
