@@ -35,7 +35,7 @@ from run.cli import progress_bar
 from run.cores import num_cores
 from run.files import write_json
 from run.machine import has_fused_optimizer, memory_format, resolve_amp
-from study.benchmark_prediction import measure_prediction
+from study.benchmark_prediction import prediction_rates
 from study.benchmark_reference import (
     reference_input_rate,
     reference_process,
@@ -70,7 +70,7 @@ def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, out
         "step": ("step", lambda: measure_step(device, compile)),
         "sharing": ("sharing", lambda: measure_sharing(device, SAMPLES_PER_CLS, median_rates)),
         "evaluation": ("evaluation", measure_evaluation),
-        "predict": ("predict", lambda: _prediction_rates(device)),
+        "predict": ("predict", lambda: measure_predict(device)),
         "startup": ("startup", lambda: measure_startup(device)),
     }
     for part in sorted(set(parts), key=list(measurements).index):
@@ -280,9 +280,10 @@ def measure_evaluation() -> dict:
 # ----------------------------------------------------------------------------------------------------------- predict
 
 
-def _prediction_rates(device):
+def measure_predict(device: torch.device) -> dict[str, dict[str, float]]:
+    """Images per second by predict.py from files, and by an evaluation. -> {side of the photographs: rates}"""
     functions = write_photos, read_into_cache, median_rates
-    return {str(side): measure_prediction(device, *functions, side, IMAGE_SIZE, BATCH_SIZE) for side in PHOTO_SIDES}
+    return {str(side): prediction_rates(device, *functions, side, IMAGE_SIZE, BATCH_SIZE) for side in PHOTO_SIDES}
 
 
 # ----------------------------------------------------------------------------------------------------------- startup

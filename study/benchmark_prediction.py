@@ -16,7 +16,7 @@ from run.files import RowFile
 from utils import CBLoss
 
 
-def measure_prediction(
+def prediction_rates(
     device: torch.device,
     write_photos: Callable[[Path, int], None],
     read_into_cache: Callable[[Path, Path], ImageIndex],

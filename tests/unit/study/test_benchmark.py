@@ -29,7 +29,7 @@ def test_the_command_offers_every_part_and_no_other(tmp_path, monkeypatch):
         monkeypatch.setattr(benchmark, f"measure_{part}", lambda *args, part=part: measured.append(part))
     results = benchmark.measure_parts(bench.PARTS, torch.device("cpu"), False, tmp_path / "bench.json")
     assert sorted(measured) == sorted(bench.PARTS) and measured[0] == "memory"
-    assert set(results) == {"machine", "memory_mb", "input", "step", "sharing", "evaluation", "startup"}
+    assert set(results) == {"machine", "memory_mb", "input", "step", "sharing", "evaluation", "predict", "startup"}
 
 
 def test_one_core_limits_torch_and_the_decoding_threads_and_restores_both(monkeypatch):
