@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -55,6 +56,37 @@ def neighbor_grade(probabilities: np.ndarray, grade: int) -> int | None:
     """The more probable of the grades beside `grade`. probabilities: (C,). None if it is the only grade."""
     beside = [other for other in (grade - 1, grade + 1) if 0 <= other < len(probabilities)]
     return max(beside, key=lambda other: probabilities[other], default=None)
+
+
+class Explanation(NamedTuple):
+    """heat_map: (S, S) float32, 0 to 1: what speaks for the class `target`, for grades rather than for `rival`."""
+
+    target: int
+    rival: int | None
+    heat_map: np.ndarray
+
+
+def explain_predictions(
+    models: Sequence[Model], images: torch.Tensor, probabilities: np.ndarray, is_ordinal: bool
+) -> list[list[Explanation]]:
+    """What speaks for the prediction of each image; for grades also for the more probable of the neighboring grades.
+
+    models: each map is the mean of theirs; images: (N, 3, S, S) uint8 on their device; probabilities: (N, C) -> N lists
+    """
+    if not len(images):
+        return []
+    predictions = probabilities.argmax(axis=1).tolist()
+    rivals = rival_grades(predictions, probabilities.shape[1]) if is_ordinal else None
+    asked = [(predictions, rivals or [None] * len(images), _mean_maps(models, images, predictions, rivals))]
+    neighbors = [neighbor_grade(row, c) for row, c in zip(probabilities, predictions, strict=True)]
+    if is_ordinal and None not in neighbors:
+        asked.append((neighbors, predictions, _mean_maps(models, images, neighbors, predictions)))
+    return [[Explanation(*(of_all[i] for of_all in question)) for question in asked] for i in range(len(images))]
+
+
+def _mean_maps(models, images, targets, rivals):
+    maps = np.mean([grad_cam(model, images, targets, rivals) for model in models], axis=0)
+    return maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ Their number, their size and the time for heat maps are bounded, whatever the nu
 
 import base64
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -16,7 +17,8 @@ import torch
 from markupsafe import Markup
 
 from dataset_double import AugmentedSkinDataset
-from explain import grad_cam, overlay
+from explain import explain_predictions, overlay
+from flags import is_ordinal
 from images.decode import read_image
 from model import Model
 from run.cli import UserError, first_line, progress_bar
@@ -35,7 +37,7 @@ MAX_PAIRS = 12
 
 @dataclass
 class Photo:
-    """image, heat_map: data URIs for `src`, None where there is none; caption: {name: text}."""
+    """image: a data URI for `src`, None where there is none; heat_maps: [(what the map explains, data URI)]."""
 
     position: int
     kind: str
@@ -45,7 +47,7 @@ class Photo:
     label_probability: float
     probability: float
     image: Markup | None = None
-    heat_map: Markup | None = None
+    heat_maps: list[tuple[str, Markup]] = field(default_factory=list)
 
 
 def choose_photos(targets: np.ndarray, probabilities: np.ndarray, counts: Sequence[int]) -> dict[int, dict[str, list]]:
@@ -122,9 +124,12 @@ def data_uri(pixels: np.ndarray) -> Markup:
 
 
 def add_heat_maps(
-    groups: Mapping[str, Sequence[Photo]], model: Model, classes: Sequence[str], image_size: int, resize: str
-) -> None:
-    """Give photos the heat map of their predicted class: one of each class in turn, until a bound is reached."""
+    groups: Mapping[str, Sequence[Photo]], model: Model, probabilities: np.ndarray, classes: Sequence[str],
+    args: Namespace,
+) -> None:  # fmt: skip
+    """Give photos the heat map of their predicted class, for grades also of the neighboring grade: one photo of each
+    class in turn, until a bound is reached. probabilities: (N, C) of the test images; args: flags of the run.
+    """
     device = next(model.parameters()).device
     ranks = max(map(len, groups.values()), default=0)
     turns = [group[rank] for rank in range(ranks) for group in groups.values() if rank < len(group)]
@@ -132,13 +137,23 @@ def add_heat_maps(
     started = time.monotonic()
     chunks = [turns[start : start + AT_ONCE] for start in range(0, len(turns), AT_ONCE)]
     for chunk in progress_bar(chunks, "heat maps"):
-        pixels = np.stack([read_image(photo.path, image_size, resize) for photo in chunk])
+        pixels = np.stack([read_image(photo.path, args.image_size, args.resize) for photo in chunk])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-        heat_maps = grad_cam(model, images, [classes.index(photo.prediction) for photo in chunk])
-        for photo, seen, heat_map in zip(chunk, pixels, heat_maps, strict=True):
-            photo.heat_map = data_uri(cv2.resize(overlay(seen, heat_map), (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+        rows = probabilities[[photo.position for photo in chunk]]
+        found = explain_predictions([model], images, rows, is_ordinal(args))
+        for photo, seen, explanations in zip(chunk, pixels, found, strict=True):
+            for target, _, heat_map in explanations:
+                laid = cv2.resize(overlay(seen, heat_map), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+                name = classes[target]
+                photo.heat_maps.append((name if name == photo.prediction else f"why not {name}", data_uri(laid)))
         if time.monotonic() - started > HEAT_MAP_SECONDS:
             break
+
+
+def heat_scale() -> Markup:
+    """-> the colors of heat maps from 0 to 1, over gray, as a data URI"""
+    colors = overlay(np.full((8, SIDE, 3), 128, np.uint8), np.linspace(0, 1, SIDE, dtype=np.float32)[None])
+    return data_uri(colors)
 
 
 def augmented_sheet(train_set: Any, repeats: bool) -> list[tuple[str, Markup, list[Markup]]]:
@@ -186,22 +201,24 @@ def duplicate_pairs(found: Mapping[str, Any], resize: str) -> list[list[tuple[st
 
 
 def explain_photos(
-    groups: Mapping[str, Sequence[Photo]], model: Model | None, classes: Sequence[str], image_size: int, resize: str
-) -> str:
+    groups: Mapping[str, Sequence[Photo]], model: Model | None, probabilities: np.ndarray, classes: Sequence[str],
+    args: Namespace,
+) -> str:  # fmt: skip
     """`add_heat_maps` where it can be done; a failure costs the heat maps only. -> what the page says of them"""
     photos = [photo for group in groups.values() for photo in group]
     if model is None:
         return "No heat maps: the model was not at hand."
-    if image_size < SMALLEST_EXPLAINED:
-        return f"No heat maps: at {image_size} px the network's last features are too coarse to point at a region."
+    if args.image_size < SMALLEST_EXPLAINED:
+        return f"No heat maps: at {args.image_size} px the network's last features are too coarse to point at a region."
     try:
-        add_heat_maps(groups, model, classes, image_size, resize)
+        add_heat_maps(groups, model, probabilities, classes, args)
     except Exception as error:
         reason = first_line(error) or type(error).__name__
         print(f"warning: heat maps are missing in the report ({reason})")
         return f"Heat maps failed: {reason}."
-    number = sum(photo.heat_map is not None for photo in photos)
+    number = sum(bool(photo.heat_maps) for photo in photos)
+    neighbor = ", and for the neighboring grade that is more probable" if is_ordinal(args) else ""
     return (
-        "Right of a photograph: its heat map (Grad-CAM), the regions that speak for the predicted class, red the most. "
+        f"Beside a photograph: its heat map (Grad-CAM), the regions that speak for the predicted class{neighbor}. "
         f"{number} of {len(photos)} photographs have one. A map shows where the network looked, not that it is right."
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from explain import grad_cam, neighbor_grade, overlay, rival_grades
+from explain import Explanation, explain_predictions, overlay
 from model import Model
 from run.cli import first_line
 from run.files import atomic_write, printable
@@ -45,23 +45,27 @@ class HeatMapFolder:
         self.rows += len(predictions)
         try:
             probabilities = np.array([prediction.probabilities for prediction in rows.values()])
-            found = explain_predictions(self.models, images, probabilities, self.classes, self.is_ordinal)
+            photos = images.permute(0, 2, 3, 1).cpu().numpy()
+            found = explain_predictions(self.models, images, probabilities, self.is_ordinal)
         except Exception as error:  # whatever it is, the predictions are worth more
-            found = [error] * len(rows)
-        for (row, prediction), explanation in zip(rows.items(), found, strict=True):
-            self._save(row, prediction.path, explanation)
+            for prediction in rows.values():
+                self._fail(prediction.path, error)
+            return
+        for (row, prediction), photo, explanations in zip(rows.items(), photos, found, strict=True):
+            self._save(row, prediction, photo, explanations)
 
-    def _save(self, row, path, explanation):
+    def _save(self, row, prediction, photo, explanations):
         try:
-            if isinstance(explanation, Exception):
-                raise explanation
-            with atomic_write(self.folder / figure_name(row, path), "wb") as file:
-                figure(*explanation).save(file, "PNG", compress_level=1)
+            texts = [captions(explanation, prediction.probabilities, self.classes) for explanation in explanations]
+            picture = figure(photo, [explanation.heat_map for explanation in explanations], texts)
+            with atomic_write(self.folder / figure_name(row, prediction.path), "wb") as file:
+                picture.save(file, "PNG", compress_level=1)
             self.written += 1
         except Exception as error:
-            self._fail(path, getattr(error, "strerror", None) or first_line(error) or repr(error))
+            self._fail(prediction.path, error)
 
-    def _fail(self, path, reason):
+    def _fail(self, path, error):
+        reason = getattr(error, "strerror", None) or first_line(error) or repr(error)
         self.failed += 1
         if self.failed <= MAX_PRINTED:
             more = "; further failures are only counted" if self.failed == MAX_PRINTED else ""
@@ -82,38 +86,13 @@ def figure_name(row: int, path: str | Path) -> str:
     return f"{row:06d}_{stem}.png"
 
 
-Explanation = tuple[np.ndarray, list[np.ndarray], list[tuple[str, str]]]  # the arguments of `figure`
-
-
-def explain_predictions(
-    models: Sequence[Model], images: torch.Tensor, probabilities: np.ndarray, classes: Sequence[str], is_ordinal: bool
-) -> list[Explanation]:
-    """What speaks for each prediction; for grades also for the more probable of the neighboring grades.
-
-    models: each map is the mean of theirs; images: (N, 3, S, S) uint8 on their device; probabilities: (N, C).
-    """
-    if not len(images):
-        return []
-    predictions = probabilities.argmax(axis=1).tolist()
-    rivals = rival_grades(predictions, len(classes)) if is_ordinal else None
-    maps = [_mean_maps(models, images, predictions, rivals)]
-    neighbors = [neighbor_grade(row, c) for row, c in zip(probabilities, predictions, strict=True)]
-    if is_ordinal and None not in neighbors:
-        maps.append(_mean_maps(models, images, neighbors, predictions))
-    found = []
-    for i, photo in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        row, prediction, neighbor = probabilities[i], predictions[i], neighbors[i]
-        against = f" rather than {classes[rivals[i]]}" if is_ordinal else ""
-        texts = [(f"{classes[prediction]}: {row[prediction]:.0%}", f"what speaks for it{against}")]
-        if len(maps) > 1:
-            texts.append((f"why not {classes[neighbor]}: {row[neighbor]:.0%}", f"what speaks for {classes[neighbor]}"))
-        found.append((photo, [kind[i] for kind in maps], texts))
-    return found
-
-
-def _mean_maps(models, images, targets, rivals):
-    maps = np.mean([grad_cam(model, images, targets, rivals) for model in models], axis=0)
-    return maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), np.finfo(np.float32).tiny)
+def captions(explanation: Explanation, probabilities: np.ndarray, classes: Sequence[str]) -> tuple[str, str]:
+    """-> two lines above the map. probabilities: (C,) of the photograph."""
+    target, rival = explanation.target, explanation.rival
+    answer = f"{classes[target]}: {probabilities[target]:.0%}"
+    if target != probabilities.argmax():
+        return f"why not {answer}", f"what speaks for {classes[target]}"
+    return answer, "what speaks for it" + (f" rather than {classes[rival]}" if rival is not None else "")
 
 
 def figure(photo: np.ndarray, heat_maps: Sequence[np.ndarray], texts: Sequence[tuple[str, str]]) -> Image.Image:

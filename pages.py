@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
 from dataset_double import training_set
 from flags import SPLITS, build_parser, is_ordinal
-from gallery import augmented_sheet, duplicate_pairs, explain_photos, photographs
+from gallery import augmented_sheet, duplicate_pairs, explain_photos, heat_scale, photographs
 from images.folders import ImageIndex
 from images.leakage import DUPLICATES_FILE
 from metrics import ECE_BINS, confusion_metrics, format_with_interval
@@ -228,7 +228,7 @@ def _sections(run_dir, values, splits, probabilities, model):
     else:
         paths, targets, probabilities = read_predictions(run_dir / "test_predictions.csv", classes)
     photos = photographs(paths, targets, probabilities, classes, counts, args["resize"])
-    note = explain_photos(photos, model, classes, args["image_size"], args["resize"])
+    note = explain_photos(photos, model, probabilities, classes, settings)
     return sections | {
         "summary": _summary_table(results, values["trivial"]),
         "per_class": _class_table(results),
@@ -238,6 +238,7 @@ def _sections(run_dir, values, splits, probabilities, model):
         "precision_recall": precision_recall_charts(targets, probabilities, results),
         "grades": _grades(targets, probabilities, classes) if values["ordinal"] else None,
         "photos": photos,
+        "heat_scale": heat_scale() if any(photo.heat_maps for group in photos.values() for photo in group) else None,
         "counts": dict(zip(classes, counts, strict=True)),
         "heat_map_note": note,
     }

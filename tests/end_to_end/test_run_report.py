@@ -32,8 +32,12 @@ def test_a_run_shows_photographs_with_heat_maps_duplicates_and_augmented_images(
     flags = [*FLAGS, "--data_dirs", data_with_copies, "--use_augmentation", "--ordinal"]
     assert run_main(*flags, "--run_dir", run_dir) == 0
     page = (run_dir / "report.html").read_text(encoding="utf-8")
-    number = len(re.findall('alt="heat map for', page))
-    assert number >= 5 and f"{number} of {number} photographs have one" in page
+    number = len(re.findall('class="photo with-2"', page))  # of the grade, and of the neighboring one
+    assert (
+        number >= 5
+        and page.count('alt="heat map: why not') == number
+        and f"{number} of {number} photographs have one" in page
+    )
     found = json.loads((run_dir / "near_duplicates.json").read_text())
     assert found["count"] == len(found["pairs"]) > 0 and found["complete"]
     assert f"{found['count']} pair" in page and page.count('alt="augmented"') == 12  # of the two smaller classes
@@ -44,7 +48,7 @@ def test_a_run_shows_photographs_with_heat_maps_duplicates_and_augmented_images(
     again = tmp_path / "again"
     assert run_main("--eval_only", "--resume", run_dir / "best_model.pth", "--run_dir", again) == 0
     page = (again / "report.html").read_text(encoding="utf-8")
-    assert page.count('alt="heat map for') == number
+    assert page.count('class="photo with-2"') == number
     assert 'alt="augmented"' not in page and str(run_dir / "best_model.pth") in (again / "MODEL_CARD.md").read_text()
 
 

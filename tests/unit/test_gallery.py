@@ -9,10 +9,13 @@ import pytest
 import torch
 from helpers import write_images
 
+import explain
 import gallery
 from dataset_double import training_set
+from flag_checks import parse_flags
 from gallery import KINDS, MAX_PHOTOGRAPHS, SHEET_COPIES, augmented_sheet, choose_photos, data_uri, photographs
 from images.folders import ImageIndex
+from model import Model
 
 FLAGS = {
     "image_size": 32, "resize": "stretch", "augment_all": False, "target_samples_per_class": None,
@@ -85,23 +88,37 @@ def test_heat_maps_are_made_in_turn_until_their_number_or_their_time_is_over(tmp
     targets, classes = np.repeat([0, 1], 6), ["a", "b"]
     explained = []
 
-    def maps_of(model, images, answers):
+    def maps_of(model, images, answers, rivals):
         explained.extend(answers)
         return np.full((len(images), *images.shape[2:]), 0.5, np.float32)
 
-    monkeypatch.setattr(gallery, "grad_cam", maps_of)
+    monkeypatch.setattr(explain, "grad_cam", maps_of)
     monkeypatch.setattr(gallery, "MAX_HEAT_MAPS", 6)
 
     def number_of_maps():
         groups = photographs(paths, targets, np.eye(2)[targets], classes, [6, 6], "stretch")
-        note = gallery.explain_photos(groups, SmallModel(), classes, 64, "stretch")
-        numbers = [sum(photo.heat_map is not None for photo in group) for group in groups.values()]
+        note = gallery.explain_photos(groups, SmallModel(), np.eye(2)[targets], classes, flags_at(64))
+        numbers = [sum(bool(photo.heat_maps) for photo in group) for group in groups.values()]
         assert f"{sum(numbers)} of 8 photographs" in note
         return numbers
 
     assert number_of_maps() == [3, 3] and sorted(explained) == [0, 0, 0, 1, 1, 1]
     monkeypatch.setattr(gallery, "HEAT_MAP_SECONDS", -1)
     assert number_of_maps() == [2, 2]  # one chunk
+
+
+def test_grades_get_a_second_map_that_says_why_not_the_neighbor(tmp_path, thin_network):
+    paths = [str(path) for path in write_images(tmp_path, 2)]
+    probabilities = np.array([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]])
+    groups = photographs(paths, np.array([0, 2]), probabilities, ["0", "1", "2"], [1, 1, 1], "stretch")
+    args = Namespace(**vars(flags_at(64)) | {"ordinal": True})
+    note = gallery.explain_photos(groups, Model(3), probabilities, ["0", "1", "2"], args)
+    titles = {photo.label: [title for title, _ in photo.heat_maps] for group in groups.values() for photo in group}
+    assert titles == {"0": ["0", "why not 1"], "2": ["2", "why not 1"]} and "neighboring grade" in note
+
+
+def flags_at(image_size):
+    return parse_flags(["--demo", "--image_size", str(image_size)])
 
 
 class SmallModel:
@@ -112,9 +129,9 @@ class SmallModel:
 def test_heat_maps_that_fail_cost_no_photographs(tmp_path, capsys):
     paths = [str(path) for path in write_images(tmp_path, 2)]
     groups = photographs(paths, np.array([0, 1]), np.eye(2), ["a", "b"], [1, 1], "stretch")
-    assert "No heat maps" in gallery.explain_photos(groups, None, ["a", "b"], 64, "stretch")
-    assert "at 32 px" in gallery.explain_photos(groups, SmallModel(), ["a", "b"], 32, "stretch")
-    assert "Heat maps failed" in gallery.explain_photos(groups, SmallModel(), ["a", "b"], 64, "stretch")
+    assert "No heat maps" in gallery.explain_photos(groups, None, np.eye(2), ["a", "b"], flags_at(64))
+    assert "at 32 px" in gallery.explain_photos(groups, SmallModel(), np.eye(2), ["a", "b"], flags_at(32))
+    assert "Heat maps failed" in gallery.explain_photos(groups, SmallModel(), np.eye(2), ["a", "b"], flags_at(64))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: heat maps are missing in the report (")
     assert all(photo.image for group in groups.values() for photo in group)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import heatmaps
-from heatmaps import HeatMapFolder, explain_predictions, figure, figure_name
+from explain import explain_predictions
+from heatmaps import HeatMapFolder, captions, figure, figure_name
 from inference import Prediction
 from model import Model
 
@@ -70,20 +71,21 @@ def test_a_map_that_fails_is_a_line_and_the_next_ones_are_written(model, tmp_pat
 
 
 def test_only_grades_have_neighbors(model):
-    images, probabilities = random_images(1), np.array([[0.1, 0.6, 0.3]])
-    ((_, maps, texts),) = explain_predictions([model], images, probabilities, ["0", "1", "3"], is_ordinal=True)
-    assert len(maps) == 2
-    assert texts == [("1: 60%", "what speaks for it rather than 0"), ("why not 3: 30%", "what speaks for 3")]
-    ((photo, maps, texts),) = explain_predictions([model], images, probabilities, ["0", "1", "3"], is_ordinal=False)
-    assert len(maps) == 1 and texts == [("1: 60%", "what speaks for it")]
-    np.testing.assert_array_equal(photo, images[0].permute(1, 2, 0))
+    images, probabilities, classes = random_images(1), np.array([[0.1, 0.6, 0.3]]), ["0", "1", "3"]
+    (explanations,) = explain_predictions([model], images, probabilities, is_ordinal=True)
+    assert [captions(explanation, probabilities[0], classes) for explanation in explanations] == [
+        ("1: 60%", "what speaks for it rather than 0"),
+        ("why not 3: 30%", "what speaks for 3"),
+    ]
+    ((explanation,),) = explain_predictions([model], images, probabilities, is_ordinal=False)
+    assert captions(explanation, probabilities[0], classes) == ("1: 60%", "what speaks for it")
 
 
 def test_the_map_of_several_models_is_their_mean(model):
     images, probabilities = random_images(1), np.array([[0.1, 0.6, 0.3]])
     other = Model(3).eval()
     first, second, both = (
-        explain_predictions(models, images, probabilities, GRADES, is_ordinal=False)[0][1][0]
+        explain_predictions(models, images, probabilities, is_ordinal=False)[0][0].heat_map
         for models in ([model], [other], [model, other])
     )
     mean = (first + second) / 2
