@@ -75,17 +75,20 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     write_json(path, previous)
 
 
-def pooled_metrics(run_dirs: Sequence[Path], args: argparse.Namespace) -> dict:
-    """Metrics of the test images of all folds together, each tested in one fold.
+def read_folds(run_dirs: Sequence[Path]) -> OutOfFold:
+    """The test images of all folds together, each tested in one fold. Raises UserError, naming a damaged file."""
+    classes = read_json(run_dirs[0] / "results.json")["classes"]
+    folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
+    return OutOfFold(classes, *map(np.concatenate, zip(*folds, strict=True)))
+
+
+def pooled_metrics(images: OutOfFold, samples_per_cls: Sequence[int], group_regex: str | None, ordinal: bool) -> dict:
+    """Metrics of the test images of all folds together; group_regex, ordinal: flags of the folds.
 
     Without metrics that rank images, as the probabilities come from several models.
     """
-    results = read_json(run_dirs[0] / "results.json")
-    classes = results["classes"]
-    folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
-    paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
-    subjects = subject_ids(paths.tolist(), args.group_regex)
-    pooled = full_metrics(targets, probabilities, classes, results["samples_per_cls"], is_ordinal(args), subjects)
+    subjects = subject_ids(images.paths.tolist(), group_regex)
+    pooled = full_metrics(images.targets, images.probabilities, images.classes, samples_per_cls, ordinal, subjects)
     for class_metrics in pooled["per_class"].values():
         for name in RANKINGS:
             del class_metrics[name], class_metrics[f"{name}_ci"]
