@@ -19,7 +19,8 @@ from images.leakage import subject_ids
 from images.splits import find_images, paths_by_split
 from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
-from pages import plot_confusion_matrix, write_report
+from pages import write_report
+from plots import plot_confusion_matrix
 from run.environment import write_environment
 from run.files import printable, write_json, write_predictions
 from run.log import start_log
@@ -69,10 +70,10 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.devi
     write_environment(run_dir, device, Progress(history=checkpoint["history"]).hours_trained())
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_by_split(splits))
-    results, _ = evaluate_splits(engine, splits, args, checkpoint, {})
-    write_report(run_dir, vars(args), results)
+    results, probabilities = evaluate_splits(engine, splits, args, checkpoint, {})
     write_json(run_dir / "results.json", results)
     print_results(results, run_dir)
+    write_report(run_dir, splits, probabilities, engine.evaluated)
 
 
 def evaluate_splits(

@@ -40,7 +40,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from images.demo import write_demo_data
     from images.splits import make_splits, paths_by_split, print_class_table
     from model import initial_weights
-    from pages import plot_curves, write_report
+    from pages import write_report
+    from plots import plot_curves
     from resume import restore, restore_splits, snapshot
     from run.environment import write_environment
     from run.files import write_history, write_json
@@ -121,16 +122,16 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
             saver.finish()
         end_workers()
 
-        # best model: test it, write results, plots and the report
+        # best model: test it, write plots, results and the report
         engine.criterion = criterion
         results, probabilities = evaluate_best(engine, splits, args, best_outputs)
         changes = [stage.start for stage in stages[1:]]
         plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"], changes)
-        write_report(run_dir, vars(args), results)
         wandb_run.log_results(progress, results, splits["test"], probabilities["test"], run_dir / BEST)
-    write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})  # the last file: finished
+    write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})  # the run is finished
     warn_of_early_best(results["best_epoch"], stages)
     print_results(results, run_dir)
+    write_report(run_dir, splits, probabilities, engine.evaluated)
 
 
 def train_and_validate(

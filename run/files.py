@@ -80,6 +80,12 @@ def printable(name: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
+def shortened(name: str, letters: int = 40) -> str:
+    """-> `printable(name)`, cut to this many letters where it has more, for labels with little room."""
+    name = printable(name)
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
+
+
 def write_bytes(path: str | Path, content: bytes, previous: str | None = None) -> None:
     """content: of a checkpoint. previous: see `atomic_write`."""
     with atomic_write(path, "wb", previous) as file:

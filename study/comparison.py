@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from evaluation import adjust
 from images.leakage import subject_names
 from metrics import INTERVAL, Bootstrap, confusion_metrics, format_with_interval
-from pages import save_figure
+from plots import save_figure
 from run.cli import UserError
 from run.files import atomic_write, read_json, read_predictions, write_csv
 from study.ablation import MethodRun

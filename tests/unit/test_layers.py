@@ -16,11 +16,11 @@ LAYERS = (
     ("study",),
     ("evaluation", "resume"),
     ("pages",),
-    ("schedule", "engine"),
+    ("schedule", "engine", "explain"),
     ("dataset_double", "model", "tracking", "calibration"),
     ("flag_checks",),
     ("images",),
-    ("metrics", "utils", "resnet_custom"),
+    ("metrics", "utils", "resnet_custom", "plots"),
     ("flags",),
     ("run",),
 )
