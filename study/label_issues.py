@@ -2,25 +2,15 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from run.files import atomic_write
+from study.out_of_fold import OutOfFold
 
 LABEL_ISSUES_FILE = "label_issues.csv"
 COLUMNS = ("path", "label", "label_probability", "prediction", "probability", "rank")
-
-
-@dataclass
-class OutOfFold:
-    """The test images of several folds: each is predicted by a model that was not trained on it."""
-
-    classes: list[str]
-    paths: np.ndarray  # (N,) str
-    targets: np.ndarray  # (N,) int
-    probabilities: np.ndarray  # (N, C)
 
 
 def find_label_issues(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""`comparison.html`: the metrics, differing flags, paired differences and curves of several runs."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from charts import Curve, line_chart
+from metrics import format_with_interval
+from pages import write_page
+from run.cli import UserError
+from study.run_comparison import PairedComparison, compare_groups
+from study.run_records import RunGroup, RunRecord, group_records
+
+GENERATOR = '<meta name="generator" content="report.py">'  # by which the command knows its own pages
+NAMES = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
+CURVES = {"val_balanced_acc": "balanced accuracy", "val_loss": "loss", "train_loss": "training loss"}
+NUM_NAMED = 7  # groups with a color and a name in the charts; the color of all others is the muted one
+MUTED = 8
+MAX_ROWS = 200  # of a table
+
+
+def check_own_page(path: str | Path) -> None:
+    """Raise UserError if there is something at `path` that this module has not written."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_file() or GENERATOR not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"--output: {path} exists and was not written by report.py; name another file")
+
+
+def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> None:
+    """Write the comparison of several runs, finished or not, in one self-contained file."""
+    groups = group_records(records)
+    write_page(
+        path,
+        "comparison.html",
+        generator=Markup(GENERATOR),
+        title=f"Comparison of {len(records)} runs",
+        num_runs=len(records),
+        classes={run.classes() for run in records if run.classes()},
+        groups=_group_table(groups),
+        runs=run_table(groups),
+        flags=_flag_table(groups),
+        paired=_difference_table(groups, compare_groups(groups)),
+        curves=overlaid_curves(groups),
+        num_named=min(NUM_NAMED, len(groups)),
+    )
+
+
+def overlaid_curves(groups: Sequence[RunGroup]) -> list[Markup]:
+    """One chart per metric of CURVES with a line per run; the first groups have colors and names, the others are gray.
+
+    A run that is not finished is dashed.
+    """
+    charts = []
+    for column, title in CURVES.items():
+        curves = []
+        for number, group in enumerate(groups, start=1):
+            with_history = [run for run in group.runs if any(column in row for row in run.history)]
+            for run in with_history:
+                rows = [row for row in run.history if column in row]
+                is_named = number <= NUM_NAMED and run is with_history[0]
+                curves.append(
+                    Curve(
+                        _curve_name(number, group) if is_named else "",
+                        [row["epoch"] for row in rows],
+                        [row[column] for row in rows],
+                        number if number <= NUM_NAMED else MUTED,
+                        dashed=not run.results,
+                    )
+                )
+        if curves:
+            is_loss = "loss" in column
+            label = title if column.startswith("train") else f"validation {title}"
+            y_range = None if is_loss else (0, 1)
+            curves.reverse()  # the best are drawn last, above the others
+            charts.append(line_chart(label.capitalize(), curves, "epoch", y_label=label, y_range=y_range, log=is_loss))
+    return charts
+
+
+def _curve_name(number, group):
+    return f"{number} {group.runs[0].folder.name}" if len(group.runs) == 1 else f"{number} ({group.count()})"
+
+
+def _group_table(groups):
+    """Mean and standard deviation; None if no group has several finished runs."""
+    finished = [[run for run in group.runs if run.results] for group in groups]
+    if max(map(len, finished), default=0) < 2:
+        return None
+    heads = ["", "runs", "validation balanced accuracy", *(f"test {name}" for name in NAMES.values())]
+    rows = []
+    for number, (group, runs) in enumerate(zip(groups, finished, strict=True), start=1):
+        cells = [_mean(run.val_balanced_acc() for run in runs)]
+        cells += [_mean(run.test_metrics().get(name) for run in runs) for name in NAMES]
+        rows.append([f"{number} {group.title}", len(runs), *cells])
+    return _bounded({"heads": heads, "rows": rows})
+
+
+def _mean(values):
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def run_table(groups: Sequence[RunGroup]) -> dict:
+    """-> heads and rows: one row per run, the groups in their order."""
+    heads = ["", "folder", "seed", "state", "best epoch", "validation balanced accuracy"]
+    heads += [f"test {name}" for name in NAMES.values()]
+    names = short_names([run.folder for group in groups for run in group.runs])
+    rows = []
+    for number, group in enumerate(groups, start=1):
+        for run in group.runs:
+            value = run.val_balanced_acc()
+            best_epoch = (run.results or {}).get("best_epoch", "-")
+            about = [number, names[run.folder], run.args.get("seed", "-"), run.state(), best_epoch]
+            cells = [_cell(run.test_metrics(), name) for name in NAMES]
+            rows.append([*about, "-" if value is None else f"{value:.3f}", *cells])
+    return _bounded({"heads": heads, "rows": rows})
+
+
+def _cell(metrics, name):
+    if metrics.get(name) is None:
+        return "-"
+    return format_with_interval(metrics[name], metrics.get(f"{name}_ci"))
+
+
+def _bounded(table):
+    left_out = max(0, len(table["rows"]) - MAX_ROWS)
+    return {**table, "rows": table["rows"][:MAX_ROWS], "left_out": left_out}
+
+
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """-> {folder: its path below the deepest folder that all of them share}"""
+    root = os.path.commonpath([folder.parent for folder in folders])
+    return {folder: os.path.relpath(folder, root) for folder in folders}
+
+
+def _flag_table(groups):
+    """One row per flag that differs between the groups, one column per group."""
+    names = list(groups[0].flags)
+    if not names:
+        return None
+    shown = groups[:MAX_ROWS]
+    rows = [[number, *(_text_of(group.flags[name]) for name in names)] for number, group in enumerate(shown, start=1)]
+    return {"heads": ["", *(f"--{name}" for name in names)], "rows": rows, "left_out": len(groups) - len(shown)}
+
+
+def _text_of(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _difference_table(groups: Sequence[RunGroup], paired: PairedComparison):
+    """Paired differences from the baseline, and which groups have none."""
+    if paired.baseline is None:
+        return None
+    number_of = {id(group): number for number, group in enumerate(groups, start=1)}
+    heads = ["", "pairs of runs"]
+    for name in ("balanced accuracy", "macro F1"):
+        heads += [f"difference in {name}", "p"]
+    rows = []
+    for difference in paired.differences:
+        row, values = [f"{number_of[id(difference.group)]} {difference.group.title}", difference.num_pairs], difference.statistics
+        for name in ("balanced_acc", "macro_f1"):
+            interval = values[f"{name}_difference_ci"]
+            row += [format_with_interval(values[f"{name}_difference"], interval, sign="+"), f"{values[f'{name}_p']:.3f}"]
+        rows.append(row)
+    return {
+        **_bounded({"heads": heads, "rows": rows}),
+        "baseline": f"{number_of[id(paired.baseline)]} {paired.baseline.title}",
+        "other_images": [number_of[id(group)] for group in paired.left_out],
+        "has_subjects": any(run.args.get("group_regex") for run in paired.baseline.runs),
+    }
