@@ -183,15 +183,23 @@ class ClassSampler(EpochSampler):
         yield from rng.permutation(np.concatenate(positions))[self.skipped :].tolist()
 
 
+def training_set(
+    index: ImageIndex, args: argparse.Namespace, *, use_augmentation: bool, sampling: str, on_device: bool = False
+) -> DoubleSkinDataset | AugmentedSkinDataset:
+    """The training images of a stage, whose use_augmentation and sampling may differ from `args`."""
+    train_set = DoubleSkinDataset(index, args.image_size, args.resize)
+    if not (use_augmentation or args.augment_all or sampling != "instance"):
+        return train_set
+    target = args.target_samples_per_class if use_augmentation else 1  # 1: no copies
+    return AugmentedSkinDataset(train_set, target, args.augmentation_methods, args.seed, on_device, args.augment_all)
+
+
 def train_loader(
     index: ImageIndex, args: argparse.Namespace, device: torch.device, *, use_augmentation: bool, sampling: str
 ) -> DataLoader:
-    """Batches of the training images. use_augmentation, sampling: those of a stage, which may differ from `args`."""
-    train_set = DoubleSkinDataset(index, args.image_size, args.resize)
-    if use_augmentation or args.augment_all or sampling != "instance":
-        target = args.target_samples_per_class if use_augmentation else 1  # 1: no copies
-        methods, on_device = args.augmentation_methods, device.type == "cuda"
-        train_set = AugmentedSkinDataset(train_set, target, methods, args.seed, on_device, args.augment_all)
+    """Batches of `training_set`."""
+    on_device = device.type == "cuda"
+    train_set = training_set(index, args, use_augmentation=use_augmentation, sampling=sampling, on_device=on_device)
     sampler = EpochSampler(train_set, args.seed)
     if sampling != "instance":
         sampler = ClassSampler(train_set, sampling, args.epochs - args.crt_epochs, args.seed)

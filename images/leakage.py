@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from images.folders import ImageIndex
 from run.cli import UserError, first_line
 from run.cores import num_cores
+from run.files import write_json
 
 MAX_IMAGES_PER_SUBJECT = 50  # larger groups are not subjects, but grades or hospitals
 MIN_SUBJECTS = 10
@@ -24,6 +27,7 @@ HASH_SIDE = 8  # lowest frequencies of the thumbnail: a hash of 64 bits
 MAX_BITS_APART = 4
 MIN_CORRELATION = 0.98
 MAX_LISTED = 20
+DUPLICATES_FILE, MAX_STORED = "near_duplicates.json", 1000
 # hashes with at most 4 different bits agree in at least 3 of 7 blocks of bits: only such hashes are compared
 HASH_BLOCKS, BLOCKS_IN_COMMON = 7, 3
 # past these limits, which only photographs that all look alike reach, the search is incomplete: its time and memory
@@ -89,16 +93,20 @@ def warn_of_grouped_names(paths: Iterable[str]) -> None:
             return
 
 
-def warn_of_near_duplicates(splits: dict[str, ImageIndex]) -> None:
-    """List the pairs of nearly identical photographs in different splits. A failure costs the list, never the run."""
+def warn_of_near_duplicates(splits: dict[str, ImageIndex], run_dir: str | None = None) -> None:
+    """List the pairs of nearly identical photographs in different splits. A failure costs the list, never the run.
+
+    run_dir: a folder for `DUPLICATES_FILE`: {"complete": whether these are all, "count": pairs found, "pairs":
+    [[[split, path], [split, path]], ...], the first MAX_STORED of them}.
+    """
     try:
-        _list_near_duplicates(splits)
+        _list_near_duplicates(splits, run_dir)
     except Exception as error:
         reason = first_line(error) or type(error).__name__
         print(f"warning: the search for near-duplicate photographs failed, none are listed ({reason})")
 
 
-def _list_near_duplicates(splits):
+def _list_near_duplicates(splits, run_dir):
     cache_rows = np.concatenate([index.cache_rows for index in splits.values()])
     cache = next(iter(splits.values())).cache
     if (cache_rows < 0).all() or cache.pixels is None:  # decoding every image again would cost more than it is worth
@@ -108,12 +116,13 @@ def _list_near_duplicates(splits):
     first = np.cumsum([0, *sizes])
     pairs, complete = near_duplicates(cache.pixels, cache_rows, split_of)
 
-    def describe(image):
+    def place(image):
         split = list(splits)[split_of[image]]
-        return f"{splits[split].paths[image - first[split_of[image]]]} ({split})"
+        return split, splits[split].paths[image - first[split_of[image]]]
 
-    for a, b in pairs[:MAX_LISTED].tolist():
-        print(f"nearly identical: {describe(a)} and {describe(b)}")
+    places = [[place(image) for image in pair] for pair in pairs[:MAX_STORED].tolist()]
+    for pair in places[:MAX_LISTED]:
+        print(f"nearly identical: {' and '.join(f'{path} ({split})' for split, path in pair)}")
     if len(pairs):
         count = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}" if complete else f"at least {len(pairs)} pairs"
         listed = f"{MAX_LISTED} of them listed above" if len(pairs) > MAX_LISTED else "listed above"
@@ -126,6 +135,9 @@ def _list_near_duplicates(splits):
             "warning: too many photographs look alike to compare them all; the list of nearly identical photographs is "
             "incomplete"
         )
+    if run_dir:
+        with suppress(OSError):  # it is only informative
+            write_json(Path(run_dir, DUPLICATES_FILE), {"complete": complete, "count": len(pairs), "pairs": places})
 
 
 def near_duplicates(pixels: np.ndarray, cache_rows: np.ndarray, split_of: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -56,7 +56,7 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
         check_subjects(splits, args.group_regex)
     else:
         warn_of_grouped_names(index.paths)
-    warn_of_near_duplicates(splits)
+    warn_of_near_duplicates(splits, args.run_dir)
     return splits
 
 

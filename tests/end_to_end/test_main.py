@@ -43,8 +43,8 @@ def test_a_run_writes_the_documented_files(finished_run):
     assert {path.name for path in finished_run.glob("[!.]*")} == {
         "args.json", "splits.json", "history.csv", "last_model.pth", "best_model.pth", "previous_model.pth",
         "val_predictions.csv",
-        "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png", "report.html",
-        "log.txt", "environment.json",
+        "test_predictions.csv", "results.json", "curves.png", "confusion_matrix.png", "report.html", "MODEL_CARD.md",
+        "log.txt", "environment.json", "near_duplicates.json",
     }  # fmt: skip
 
 

@@ -16,11 +16,12 @@ LAYERS = (
     ("study",),
     ("evaluation", "resume"),
     ("pages",),
+    ("gallery",),
     ("schedule", "engine", "explain"),
     ("dataset_double", "model", "tracking", "calibration"),
     ("flag_checks",),
     ("images",),
-    ("metrics", "utils", "resnet_custom", "plots"),
+    ("metrics", "utils", "resnet_custom", "plots", "charts"),
     ("flags",),
     ("run",),
 )

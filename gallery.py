@@ -1,0 +1,207 @@
+"""Photographs of a report: mistakes and right answers with heat maps, near-duplicates, augmented images.
+
+Their number, their size and the time for heat maps are bounded, whatever the number of images and classes.
+"""
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from markupsafe import Markup
+
+from dataset_double import AugmentedSkinDataset
+from explain import grad_cam, overlay
+from images.decode import read_image
+from model import Model
+from run.cli import UserError, first_line, progress_bar
+from run.cores import num_cores
+
+SIDE, SHEET_SIDE = 160, 104  # pixels of an embedded photograph
+JPEG_QUALITY = 80
+MAX_PHOTOGRAPHS = 240  # of the test: with more classes there are fewer of each, then only the smallest classes
+# kind: how many per class
+KINDS = {"mistake": 4, "least certain": 2, "typical": 2}
+MAX_HEAT_MAPS, HEAT_MAP_SECONDS, AT_ONCE = 60, 30, 4
+SMALLEST_EXPLAINED = 64  # pixels: below, the last features have fewer than 4 x 4 cells, too few to point at anything
+SHEET_CLASSES, SHEET_COPIES = 12, 6
+MAX_PAIRS = 12
+
+
+@dataclass
+class Photo:
+    """image, heat_map: data URIs for `src`, None where there is none; caption: {name: text}."""
+
+    position: int
+    kind: str
+    path: str
+    label: str
+    prediction: str
+    label_probability: float
+    probability: float
+    image: Markup | None = None
+    heat_map: Markup | None = None
+
+
+def choose_photos(targets: np.ndarray, probabilities: np.ndarray, counts: Sequence[int]) -> dict[int, dict[str, list]]:
+    """-> {class: {kind of KINDS: positions}}, the classes with the fewest training images first; bounded.
+
+    targets: (N,) int; probabilities: (N, C); counts: (C,) training images. Per class: the mistakes whose label got the
+    lowest probability, other images with the smallest margin between the two best answers, and the right answers of
+    the highest probability.
+    """
+    predictions = np.argmax(probabilities, axis=1)
+    present = np.flatnonzero(np.bincount(targets, minlength=len(counts)))
+    order = present[np.argsort(np.asarray(counts)[present], kind="stable")][: MAX_PHOTOGRAPHS // len(KINDS)].tolist()
+    share = MAX_PHOTOGRAPHS / (max(1, len(order)) * sum(KINDS.values()))
+    numbers = {kind: max(1, int(min(1, share) * number)) for kind, number in KINDS.items()}
+    chosen = {}
+    for c in order:
+        members = np.flatnonzero(targets == c)
+        of_class = probabilities[members]
+        best_two = np.sort(of_class, axis=1)[:, -2:]
+        margins = best_two[:, -1] - best_two[:, 0]
+        is_right = predictions[members] == c
+        scores = {
+            "mistake": np.where(is_right, np.inf, of_class[:, c]),
+            "least certain": margins,
+            "typical": np.where(is_right, -of_class[:, c], np.inf),
+        }
+        taken, chosen[c] = set(), {}
+        for kind, score in scores.items():
+            ranked = [i for i in np.argsort(score, kind="stable")[: sum(KINDS.values())] if score[i] < np.inf]
+            picked = [i for i in ranked if i not in taken][: numbers[kind]]
+            taken |= set(picked)
+            chosen[c][kind] = members[picked].tolist() if picked else []
+    return chosen
+
+
+def photographs(
+    paths: Sequence[str], targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str],
+    counts: Sequence[int], resize: str,
+) -> dict[str, list[Photo]]:  # fmt: skip
+    """-> {class: its photos, kind by kind}, read from their files. Arguments: see `choose_photos`."""
+    groups, photos = {}, []
+    predictions = np.argmax(probabilities, axis=1)
+    for c, kinds in choose_photos(targets, probabilities, counts).items():
+        group = groups.setdefault(classes[c], [])
+        for kind, positions in kinds.items():
+            for i in positions:
+                prediction = predictions[i]
+                numbers = float(probabilities[i, c]), float(probabilities[i, prediction])
+                group.append(Photo(i, kind, str(paths[i]), classes[c], classes[prediction], *numbers))
+        photos += group
+    images = data_uris([photo.path for photo in photos], resize)
+    for photo, image in zip(photos, images, strict=True):
+        photo.image = image
+    return groups
+
+
+def data_uris(paths: Sequence[str], resize: str, side: int = SIDE) -> list[Markup | None]:
+    """-> photographs as data URIs, None for one that cannot be read."""
+
+    def read(path):
+        try:
+            return data_uri(read_image(path, side, resize))
+        except UserError:  # moved, deleted or damaged since
+            return None
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return list(pool.map(read, paths))
+
+
+def data_uri(pixels: np.ndarray) -> Markup:
+    """(H, W, 3) uint8 RGB -> a JPEG for `src`."""
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return Markup("data:image/jpeg;base64," + base64.b64encode(encoded).decode())
+
+
+def add_heat_maps(
+    groups: Mapping[str, Sequence[Photo]], model: Model, classes: Sequence[str], image_size: int, resize: str
+) -> None:
+    """Give photos the heat map of their predicted class: one of each class in turn, until a bound is reached."""
+    device = next(model.parameters()).device
+    ranks = max(map(len, groups.values()), default=0)
+    turns = [group[rank] for rank in range(ranks) for group in groups.values() if rank < len(group)]
+    turns = [photo for photo in turns if photo.image][:MAX_HEAT_MAPS]
+    started = time.monotonic()
+    chunks = [turns[start : start + AT_ONCE] for start in range(0, len(turns), AT_ONCE)]
+    for chunk in progress_bar(chunks, "heat maps"):
+        pixels = np.stack([read_image(photo.path, image_size, resize) for photo in chunk])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        heat_maps = grad_cam(model, images, [classes.index(photo.prediction) for photo in chunk])
+        for photo, seen, heat_map in zip(chunk, pixels, heat_maps, strict=True):
+            photo.heat_map = data_uri(cv2.resize(overlay(seen, heat_map), (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+        if time.monotonic() - started > HEAT_MAP_SECONDS:
+            break
+
+
+def augmented_sheet(train_set: Any, repeats: bool) -> list[tuple[str, Markup, list[Markup]]]:
+    """-> [(class, an original, its augmented copies in the first epoch)], the smallest classes first; bounded.
+
+    train_set: of `training_set`; repeats: whether a sampler repeats images, see `ClassSampler`. Classes without
+    augmented images are left out.
+    """
+    if not isinstance(train_set, AugmentedSkinDataset):
+        return []
+    index, sheet = train_set.originals.index, []
+    targets = index.targets[train_set.sources]
+    for c in np.argsort(index.counts(), kind="stable")[:SHEET_CLASSES].tolist():
+        members = np.flatnonzero(targets == c)
+        if not len(members):
+            continue
+        copies = members[members >= len(index)]
+        if len(copies):
+            source = train_set.sources[copies[0]]
+            # copies of one original, then others
+            copies = copies[np.argsort(train_set.sources[copies] != source, kind="stable")]
+        elif repeats:
+            source = members[0]
+            copies = source + len(train_set) * np.arange(1, SHEET_COPIES + 1)
+        elif train_set.augment_all:
+            source, copies = members[0], members
+        else:
+            continue
+        original = train_set.originals.read(source)
+        images = train_set.__getitems__(copies[:SHEET_COPIES].tolist())[0].permute(0, 2, 3, 1).numpy()
+        sheet.append((index.classes[c], _small(original), [_small(image) for image in images]))
+    return sheet
+
+
+def _small(image):
+    side = min(SHEET_SIDE, len(image))
+    return data_uri(cv2.resize(np.ascontiguousarray(image), (side, side), interpolation=cv2.INTER_AREA))
+
+
+def duplicate_pairs(found: Mapping[str, Any], resize: str) -> list[list[tuple[str, str, Markup | None]]]:
+    """found: content of `DUPLICATES_FILE` -> the first pairs of (split, path, data URI)."""
+    pairs = found["pairs"][:MAX_PAIRS]
+    images = iter(data_uris([path for pair in pairs for _, path in pair], resize, SHEET_SIDE))
+    return [[(split, path, next(images)) for split, path in pair] for pair in pairs]
+
+
+def explain_photos(
+    groups: Mapping[str, Sequence[Photo]], model: Model | None, classes: Sequence[str], image_size: int, resize: str
+) -> str:
+    """`add_heat_maps` where it can be done; a failure costs the heat maps only. -> what the page says of them"""
+    photos = [photo for group in groups.values() for photo in group]
+    if model is None:
+        return "No heat maps: the model was not at hand."
+    if image_size < SMALLEST_EXPLAINED:
+        return f"No heat maps: at {image_size} px the network's last features are too coarse to point at a region."
+    try:
+        add_heat_maps(groups, model, classes, image_size, resize)
+    except Exception as error:
+        reason = first_line(error) or type(error).__name__
+        print(f"warning: heat maps are missing in the report ({reason})")
+        return f"Heat maps failed: {reason}."
+    number = sum(photo.heat_map is not None for photo in photos)
+    return (
+        "Right of a photograph: its heat map (Grad-CAM), the regions that speak for the predicted class, red the most. "
+        f"{number} of {len(photos)} photographs have one. A map shows where the network looked, not that it is right."
+    )
