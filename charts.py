@@ -105,7 +105,8 @@ def line_chart(
         )
         x, y = plane.x(line[-1][0]), plane.y(min(max(line[-1][1], low), high))
         parts.append(f'<circle cx="{x}" cy="{y}" r="2.2" fill="{color}"/>')
-        labels.append((y, shortened(curve.name, 22), color))
+        if curve.name:
+            labels.append((y, shortened(curve.name, 22), color))
     for y, text, color in _spread(labels, plane.top, plane.bottom):
         parts.append(_text(plane.right + 6, y + 4, text, color=color))
     return _svg(title, width, height, parts)

@@ -23,7 +23,9 @@ python report.py checkpoints_*
 
 def build_parser() -> Parser:
     parser = Parser("report.py", DESCRIPTION)
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN", help="folder of a run of main.py or of a cross-validation")
+    parser.add_argument(
+        "run_dirs", nargs="+", metavar="RUN", help="folder of a run of main.py or of a cross-validation"
+    )
     parser.add_argument(
         "--output", default="comparison.html", metavar="FILE", help="page of several runs [comparison.html]"
     )
@@ -76,7 +78,7 @@ def print_comparison(records: Sequence["RunRecord"]) -> None:
         if not record.results:
             best = record.val_balanced_acc()
             about = "" if best is None else f", best validation balanced accuracy {best:.3f}"
-            print(f"not finished: {record.folder}: {record.state()}{about}")
+            print(f"not finished: {record.folder}: {record.epochs_done()} epochs{about}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,9 @@ from study.run_records import RunGroup, RunRecord, group_records
 
 GENERATOR = '<meta name="generator" content="report.py">'  # by which the command knows its own pages
 NAMES = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
-CURVES = {"val_balanced_acc": "balanced accuracy", "val_loss": "loss", "train_loss": "training loss"}
+CURVES = {
+    "val_balanced_acc": "validation balanced accuracy", "val_loss": "validation loss", "train_loss": "training loss",
+}  # fmt: skip
 NUM_NAMED = 7  # groups with a color and a name in the charts; the color of all others is the muted one
 MUTED = 8
 MAX_ROWS = 200  # of a table
@@ -34,55 +36,51 @@ def check_own_page(path: str | Path) -> None:
 def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> None:
     """Write the comparison of several runs, finished or not, in one self-contained file."""
     groups = group_records(records)
+    folders = short_names([record.folder for record in records])
+    runs, lines = [], []
+    for number, group in enumerate(groups, start=1):
+        name = folders[group.runs[0].folder] if len(group.runs) == 1 else group.count()
+        lines.append((f"{number}: {name}", group.runs))
+        runs += [(f"{number}: {folders[run.folder]}", run) for run in group.runs]
     write_page(
         path,
         "comparison.html",
         generator=Markup(GENERATOR),
         title=f"Comparison of {len(records)} runs",
-        num_runs=len(records),
-        classes={run.classes() for run in records if run.classes()},
+        has_other_classes=len({run.classes() for run in records if run.classes()}) > 1,
         groups=_group_table(groups),
-        runs=run_table(groups),
+        runs=run_table(runs),
         flags=_flag_table(groups),
         paired=_difference_table(groups, compare_groups(groups)),
-        curves=overlaid_curves(groups),
+        curves=overlaid_curves(lines),
         num_named=min(NUM_NAMED, len(groups)),
     )
 
 
-def overlaid_curves(groups: Sequence[RunGroup]) -> list[Markup]:
-    """One chart per metric of CURVES with a line per run; the first groups have colors and names, the others are gray.
+def overlaid_curves(lines: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[Markup]:
+    """One chart per metric of CURVES with a curve per run, dashed if the run is not finished.
 
-    A run that is not finished is dashed.
+    lines: (name, runs of the same color). The first NUM_NAMED have a color and a name; all others are gray.
     """
     charts = []
     for column, title in CURVES.items():
         curves = []
-        for number, group in enumerate(groups, start=1):
-            with_history = [run for run in group.runs if any(column in row for row in run.history)]
-            for run in with_history:
-                rows = [row for row in run.history if column in row]
-                is_named = number <= NUM_NAMED and run is with_history[0]
-                curves.append(
-                    Curve(
-                        _curve_name(number, group) if is_named else "",
-                        [row["epoch"] for row in rows],
-                        [row[column] for row in rows],
-                        number if number <= NUM_NAMED else MUTED,
-                        dashed=not run.results,
-                    )
-                )
+        for number, (name, runs) in enumerate(lines, start=1):
+            rows_of = [(run, [row for row in run.history if column in row]) for run in runs]
+            for run, rows in rows_of:
+                if not rows:
+                    continue
+                xs, ys = [row["epoch"] for row in rows], [row[column] for row in rows]
+                color = number if number <= NUM_NAMED else MUTED
+                curves.append(Curve(name if number <= NUM_NAMED else "", xs, ys, color, dashed=not run.results))
+                name = ""  # of the first curve of this color only
         if curves:
-            is_loss = "loss" in column
-            label = title if column.startswith("train") else f"validation {title}"
-            y_range = None if is_loss else (0, 1)
-            curves.reverse()  # the best are drawn last, above the others
-            charts.append(line_chart(label.capitalize(), curves, "epoch", y_label=label, y_range=y_range, log=is_loss))
+            is_loss = column.endswith("loss")
+            curves.reverse()  # the first are drawn last, above the others
+            charts.append(
+                line_chart(title, curves, "epoch", y_label=title, y_range=None if is_loss else (0, 1), log=is_loss)
+            )
     return charts
-
-
-def _curve_name(number, group):
-    return f"{number} {group.runs[0].folder.name}" if len(group.runs) == 1 else f"{number} ({group.count()})"
 
 
 def _group_table(groups):
@@ -95,8 +93,13 @@ def _group_table(groups):
     for number, (group, runs) in enumerate(zip(groups, finished, strict=True), start=1):
         cells = [_mean(run.val_balanced_acc() for run in runs)]
         cells += [_mean(run.test_metrics().get(name) for run in runs) for name in NAMES]
-        rows.append([f"{number} {group.title}", len(runs), *cells])
+        rows.append([_title(number, group), len(runs), *cells])
     return _bounded({"heads": heads, "rows": rows})
+
+
+def _title(number, group):
+    flags = [f"--{name} {_text_of(value)}" for name, value in group.flags.items() if value is not None]
+    return f"{number}: {' '.join(flags) or group.title}"
 
 
 def _mean(values):
@@ -107,19 +110,17 @@ def _mean(values):
     return f"{statistics.mean(values):.3f}{deviation}"
 
 
-def run_table(groups: Sequence[RunGroup]) -> dict:
-    """-> heads and rows: one row per run, the groups in their order."""
-    heads = ["", "folder", "seed", "state", "best epoch", "validation balanced accuracy"]
+def run_table(runs: Sequence[tuple[str, RunRecord]]) -> dict:
+    """runs: (name, run) -> {"heads", "rows": one per run, "left_out": number of further ones}"""
+    heads = ["", "seed", "epochs", "best epoch", "validation balanced accuracy"]
     heads += [f"test {name}" for name in NAMES.values()]
-    names = short_names([run.folder for group in groups for run in group.runs])
     rows = []
-    for number, group in enumerate(groups, start=1):
-        for run in group.runs:
-            value = run.val_balanced_acc()
-            best_epoch = (run.results or {}).get("best_epoch", "-")
-            about = [number, names[run.folder], run.args.get("seed", "-"), run.state(), best_epoch]
-            cells = [_cell(run.test_metrics(), name) for name in NAMES]
-            rows.append([*about, "-" if value is None else f"{value:.3f}", *cells])
+    for name, run in runs:
+        value = run.val_balanced_acc()
+        best_epoch = (run.results or {}).get("best_epoch", "-")
+        cells = [_cell(run.test_metrics(), metric) for metric in NAMES]
+        about = [name, run.args.get("seed", "-"), run.epochs_done(), best_epoch]
+        rows.append([*about, "-" if value is None else f"{value:.3f}", *cells])
     return _bounded({"heads": heads, "rows": rows})
 
 
@@ -151,6 +152,8 @@ def _flag_table(groups):
 
 
 def _text_of(value):
+    if value is None:
+        return "-"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -158,20 +161,23 @@ def _difference_table(groups: Sequence[RunGroup], paired: PairedComparison):
     """Paired differences from the baseline, and which groups have none."""
     if paired.baseline is None:
         return None
-    number_of = {id(group): number for number, group in enumerate(groups, start=1)}
+    titles = {id(group): _title(number, group) for number, group in enumerate(groups, start=1)}
     heads = ["", "pairs of runs"]
     for name in ("balanced accuracy", "macro F1"):
         heads += [f"difference in {name}", "p"]
     rows = []
     for difference in paired.differences:
-        row, values = [f"{number_of[id(difference.group)]} {difference.group.title}", difference.num_pairs], difference.statistics
+        row, values = [titles[id(difference.group)], difference.num_pairs], difference.statistics
         for name in ("balanced_acc", "macro_f1"):
             interval = values[f"{name}_difference_ci"]
-            row += [format_with_interval(values[f"{name}_difference"], interval, sign="+"), f"{values[f'{name}_p']:.3f}"]
+            row += [
+                format_with_interval(values[f"{name}_difference"], interval, sign="+"),
+                f"{values[f'{name}_p']:.3f}",
+            ]
         rows.append(row)
     return {
         **_bounded({"heads": heads, "rows": rows}),
-        "baseline": f"{number_of[id(paired.baseline)]} {paired.baseline.title}",
-        "other_images": [number_of[id(group)] for group in paired.left_out],
+        "baseline": titles[id(paired.baseline)],
+        "other_images": [titles[id(group)] for group in paired.left_out[:MAX_ROWS]],
         "has_subjects": any(run.args.get("group_regex") for run in paired.baseline.runs),
     }

@@ -18,19 +18,21 @@ from run.folder import FOLDS_RESULTS
 from study.comparison_page import NAMES, overlaid_curves, run_table
 from study.label_issues import LABEL_ISSUES_FILE, find_label_issues, write_label_issues
 from study.out_of_fold import OutOfFold, pooled_metrics, read_folds
-from study.run_records import fold_folders, group_records, read_record
+from study.run_records import fold_folders, read_record
 
 NUM_THUMBNAILS = 60
 
 
 def write_cross_validation(folder: Path) -> None:
-    """Write `label_issues.csv` and `report.html` from the files of the finished folds. What fails is one printed line."""
+    """Write `label_issues.csv` and `report.html` from the files of the finished folds. A failure is a line."""
     records = _attempt(LABEL_ISSUES_FILE, lambda: [r for path in fold_folders(folder) if (r := read_record(path))])
     finished = [record for record in records or [] if record.results]
     if not finished:
         return
     images = _attempt(LABEL_ISSUES_FILE, lambda: read_folds([record.folder for record in finished]))
-    doubtful = _attempt(LABEL_ISSUES_FILE, lambda: _write_issues(folder / LABEL_ISSUES_FILE, images)) if images else None
+    doubtful = (
+        _attempt(LABEL_ISSUES_FILE, lambda: _write_issues(folder / LABEL_ISSUES_FILE, images)) if images else None
+    )
     _attempt(REPORT_FILE, lambda: _write_page(folder, records, finished, images, doubtful))
 
 
@@ -54,23 +56,22 @@ def _write_page(folder, records, finished, images, doubtful):
     args = finished[0].args
     limit_image_size(finished[0].max_megapixels())
     pooled = _pooled(folder, finished, images)
-    groups = group_records(records)
-    for group in groups:
-        group.runs.sort(key=lambda run: run.args.get("fold") or 0)
+    named = [(f"fold {record.folder.name.removeprefix('fold_')}", record) for record in records]
     write_page(
         folder / REPORT_FILE,
         "cross_validation.html",
         title=folder.resolve().name,
         num_folds=args.get("folds") or len(records),
         num_finished=len(finished),
-        args=args,
+        has_subjects=bool(args.get("group_regex")),
         names=NAMES,
         pooled=pooled,
         format=format_with_interval,
         classes=_class_rows(finished, pooled) if pooled else None,
-        confusion=pooled and confusion_chart("Confusion matrix", pooled["confusion_matrix"], finished[0].results["classes"]),
-        runs=run_table(groups),
-        curves=overlaid_curves(groups),
+        confusion=pooled
+        and confusion_chart("Confusion matrix", pooled["confusion_matrix"], finished[0].results["classes"]),
+        runs=run_table(named),
+        curves=overlaid_curves([(name, [record]) for name, record in named]),
         issues_file=LABEL_ISSUES_FILE,
         num_images=len(images.targets) if images else 0,
         num_issues=None if doubtful is None else len(doubtful),
@@ -97,7 +98,9 @@ def _class_rows(finished, pooled):
         row = [name, metrics["support"]]
         for metric in ("recall", "f1"):
             value, interval = metrics[metric], metrics[f"{metric}_ci"]
-            row += ["-", "-"] if value is None else [interval_bar(value, interval), format_with_interval(value, interval)]
+            row += (
+                ["-", "-"] if value is None else [interval_bar(value, interval), format_with_interval(value, interval)]
+            )
         rows.append(row)
     return rows
 

@@ -76,9 +76,10 @@ def _read_group(group, known_images):
 
 
 def read_evaluated(run: RunRecord, known_images: list[tuple[list[str], np.ndarray]]) -> EvaluatedRun:
-    """The predictions of a run, sorted by path. known_images: (paths, targets) of other runs, to which its own are added.
+    """The predictions of a run, sorted by path.
 
-    Runs of the same images share their paths and targets: 50 lists of a million paths would not fit into memory.
+    known_images: (paths, targets) of other runs, to which its own are added. Runs of the same images share them: 50
+    lists of a million paths would not fit into memory.
     """
     paths, targets, probabilities = read_predictions(run.folder / "test_predictions.csv", run.classes())
     order = np.argsort(paths, kind="stable")
@@ -115,8 +116,9 @@ def _pair(left, right):
 
 def _compare_bucket(base_runs, members):
     """members: {number of a group: its runs, paired with `base_runs`} -> rows of `compare_predictions`, by number"""
-    subjects = [next((r.subjects for r in same if r.subjects), []) for same in zip(base_runs, *members.values(), strict=True)]
-    if not all(subjects):  # of some of the runs only
+    pairs = zip(base_runs, *members.values(), strict=True)
+    subjects = [next((run.subjects for run in same_images if run.subjects), []) for same_images in pairs]
+    if not all(subjects):  # only some of the runs name them
         subjects = [[] for _ in base_runs]
     base_runs = [dataclasses.replace(run, subjects=names) for run, names in zip(base_runs, subjects, strict=True)]
     predictions_of = {number: [run.predictions["raw"] for run in runs] for number, runs in members.items()}

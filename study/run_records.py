@@ -39,9 +39,11 @@ class RunRecord:
     def max_megapixels(self) -> float:
         return self.args.get("max_megapixels") or build_parser().get_default("max_megapixels")
 
-    def state(self) -> str:
-        """-> "finished", or how many epochs are done."""
-        return "finished" if self.results else f"{len(self.history)} of {self.args.get('epochs', '?')} epochs"
+    def epochs_done(self) -> str:
+        """-> "8", or "3 of 8" if the run is not finished."""
+        if self.results:
+            return str(self.results.get("epochs", "-"))
+        return f"{len(self.history)} of {self.args.get('epochs', '?')}"
 
 
 @dataclass
