@@ -276,10 +276,10 @@ def _ticks(low, high, most=5, whole=False):
 
 
 def _log_ticks(low, high):
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high < 50 * low else (1,)
-    ticks = [f * 10.0**power for power in powers for f in factors if low <= f * 10.0**power <= high]
-    return [(tick, f"{tick:g}") for tick in ticks[:: math.ceil(max(1, len(ticks)) / 6)]] or [(low, f"{low:.3g}")]
+    """Powers of ten, or round numbers where there are too few of them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [(10.0**power, f"{10.0**power:g}") for power in powers if low <= 10.0**power <= high]
+    return ticks[:: math.ceil(len(ticks) / 6)] if len(ticks) > 2 else _ticks(low, high)
 
 
 def _spread(labels, top, bottom):

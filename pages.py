@@ -4,7 +4,8 @@ import functools
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,47 +103,37 @@ def write_report(
     there is, and no model card.
     """
     run_dir = Path(run_dir)
-    try:
+    with _only_informative(REPORT_FILE):
         values = _run_values(run_dir)
-    except Exception as error:  # it is only informative
-        return _print_failure(REPORT_FILE, error)
-    if values["results"]:
-        _attempt(
-            CARD_FILE,
-            lambda: write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values)),
-        )
-
-    def write():
-        write_page(
-            run_dir / REPORT_FILE, "report.html", **values, **_sections(run_dir, values, splits, probabilities, model)
-        )
-
-    _attempt(REPORT_FILE, write)
+        if values["results"]:
+            with _only_informative(CARD_FILE):
+                write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values))
+        sections = _sections(run_dir, values, splits, probabilities, model)
+        write_page(run_dir / REPORT_FILE, "report.html", **values, **sections)
 
 
-def _attempt(name, write: Callable):
+@contextmanager
+def _only_informative(name):
+    """Print a line about a file that could not be made, and continue."""
     try:
-        return write()
+        yield
     except Exception as error:
-        return _print_failure(name, error)
-
-
-def _print_failure(name, error):
-    print(f"warning: {name}: not written ({first_line(error) or type(error).__name__})")
+        print(f"warning: {name}: not written ({first_line(error) or type(error).__name__})")
 
 
 def _run_values(run_dir):
     """What both pages say of a run: what was run, on which data, with which results."""
-    args, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
+    stored, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
     environment = dict.fromkeys(ENVIRONMENT_KEYS) | (_read(run_dir / ENVIRONMENT_FILE) or {})
-    flags = {name: value for name, value in args.items() if value is not None}
+    flags = {name: value for name, value in stored.items() if value is not None}
     defaults = vars(build_parser().parse_args([]))
+    args = defaults | stored  # an older run lacks newer flags
     history = read_rows(run_dir / "history.csv") if (run_dir / "history.csv").exists() else []
     values = {
         "title": run_dir.resolve().name,
         "args": args,
         "results": results,
-        "ordinal": is_ordinal(Namespace(**{"ordinal": False, "train_loss": None, **args})),
+        "ordinal": is_ordinal(Namespace(**args)),
         "environment": environment,
         "versions": (versions := [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]),
         "machine": _machine(environment, versions),
@@ -343,7 +334,7 @@ def most_confused(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> li
     np.fill_diagonal(shares, 0)
     order = np.argsort(-shares, axis=None, kind="stable")[:NUM_CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order if shares.flat[cell]]
-    names = [shortened(name, LONGEST_NAME) for name in classes]
+    names = [shortened(name) for name in classes]
     return [[names[r], names[c], int(matrix[r, c]), f"{shares[r, c]:.0%}"] for r, c in cells]
 
 

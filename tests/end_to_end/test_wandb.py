@@ -49,6 +49,11 @@ def test_a_run_resumed_by_its_id_continues_its_line(tmp_path, data_dir, server):
     assert "confusion_matrix" in charts and "pr_curves" in charts and "test_worst_mistakes" in charts
     (model,) = (artifact for artifact in server.artifacts.values() if artifact["artifactTypeName"] == "model")
     assert model["files"]["best_model.pth"] == (run_dir / "best_model.pth").read_bytes()
+    uploaded = {
+        **run.files,
+        **{name: data for item in server.artifacts.values() for name, data in item["files"].items()},
+    }
+    assert not [name for name, data in uploaded.items() if "report" in name or "MODEL_CARD" in name or b"<html" in data]
 
     again = ["--resume", run_dir / "best_model.pth", "--wandb_id", run_id, "--wandb_resume"]
     done = run_thin_main(*again, "allow", "--epochs", 4, **env)

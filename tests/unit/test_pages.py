@@ -120,6 +120,14 @@ def test_near_duplicates_that_the_run_found_are_shown(tmp_path):
     assert page.count("data:image") == 24
 
 
+def test_a_run_of_a_version_with_fewer_flags_has_a_report(tmp_path, capsys):
+    page_of(tmp_path)
+    write_json(tmp_path / "args.json", {"data_dirs": ["/a"], "image_size": 32, "epochs": 4, "train_loss": "ce"})
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not capsys.readouterr().out and "<td>--epochs</td><td>4</td><td>100</td>" in page
+
+
 def test_a_run_that_is_not_finished_has_a_report_of_what_there_is(tmp_path):
     write_json(tmp_path / "args.json", ARGS)
     write_history(tmp_path / "history.csv", [EPOCH | {"epoch": 0}])

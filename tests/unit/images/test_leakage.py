@@ -1,6 +1,7 @@
 """Subjects and near-duplicate photographs across splits."""
 
 import io
+import json
 import signal
 import time
 import tracemalloc
@@ -196,3 +197,20 @@ def test_a_stopped_search_ends_the_run(monkeypatch):
     monkeypatch.setattr(leakage, "near_duplicates", Mock(side_effect=Stopped(signal.SIGTERM)))
     with pytest.raises(Stopped):
         warn_of_near_duplicates(splits_of(smooth_images(3)))
+
+
+def test_the_pairs_are_stored_for_the_report(tmp_path):
+    pixels = smooth_images(300)
+    pixels[7] = pixels[3]
+    warn_of_near_duplicates(splits_of(pixels), str(tmp_path))
+    found = json.loads((tmp_path / leakage.DUPLICATES_FILE).read_text())
+    assert found == {"complete": True, "count": 1, "pairs": [[["train", "/3.png"], ["val", "/7.png"]]]}
+    warn_of_near_duplicates(splits_of(smooth_images(300)), str(tmp_path))
+    assert json.loads((tmp_path / leakage.DUPLICATES_FILE).read_text())["count"] == 0
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path, capsys):
+    pixels = smooth_images(300)
+    pixels[7] = pixels[3]
+    warn_of_near_duplicates(splits_of(pixels), str(tmp_path / "missing"))
+    assert "warning: 1 pair" in capsys.readouterr().out
