@@ -57,11 +57,9 @@ def run(argv: Sequence[str]) -> None:
         write_comparison_page(args.output, records)
         print(f"comparison saved to {args.output}")
     elif not cross_validations:
-        from images.decode import limit_image_size
-        from pages import write_report
+        from study.run_page import rewrite_report
 
-        limit_image_size(records[0].max_megapixels())
-        write_report(records[0].folder)
+        rewrite_report(records[0])
 
 
 def print_comparison(records: Sequence["RunRecord"]) -> None:

@@ -11,6 +11,7 @@ from charts import Curve, line_chart
 from metrics import format_with_interval
 from pages import write_page
 from run.cli import UserError
+from run.files import shortened
 from study.run_comparison import PairedComparison, compare_groups
 from study.run_records import RunGroup, RunRecord, group_records
 
@@ -39,9 +40,9 @@ def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> Non
     folders = short_names([record.folder for record in records])
     runs, lines = [], []
     for number, group in enumerate(groups, start=1):
-        name = folders[group.runs[0].folder] if len(group.runs) == 1 else group.count()
+        name = shortened(folders[group.runs[0].folder]) if len(group.runs) == 1 else group.count()
         lines.append((f"{number}: {name}", group.runs))
-        runs += [(f"{number}: {folders[run.folder]}", run) for run in group.runs]
+        runs += [(f"{number}: {shortened(folders[run.folder], 60)}", run) for run in group.runs]
     write_page(
         path,
         "comparison.html",

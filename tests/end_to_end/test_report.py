@@ -95,12 +95,13 @@ def test_a_folder_that_cannot_be_written_to_is_one_error_line_after_the_comparis
     assert "--gamma 1.0" in captured.out and line == "error: missing/page.html: No such file or directory"
 
 
-def test_the_report_of_one_run_is_written_again_from_its_files(copied_run, tmp_path):
-    for name in ("report.html", "MODEL_CARD.md"):
-        (copied_run / name).unlink(missing_ok=True)
+def test_the_report_of_one_run_is_the_same_when_it_is_written_again(copied_run, tmp_path, thin_network):
+    first = (copied_run / "report.html").read_text()
+    (copied_run / "report.html").unlink()
     assert report.main([str(copied_run)]) == 0
-    page = (copied_run / "report.html").read_text()
-    assert "balanced accuracy" in page and "data:image/jpeg" in page
+    lines = [first.splitlines(), (copied_run / "report.html").read_text().splitlines()]
+    different = [line for pair in zip(*lines, strict=True) if len(set(pair)) > 1 for line in pair]
+    assert different == [f"<{tag}>{name}</{tag}>" for tag in ("title", "h1") for name in ("finished", "copied")]
     assert not (tmp_path / "comparison.html").exists()
 
 
@@ -124,3 +125,10 @@ def test_a_cross_validation_gets_its_report_and_the_doubtful_labels(tmp_path, ca
     assert not (tmp_path / "comparison.html").exists()
     assert report.main([str(tmp_path / "cv"), *map(str, write_runs(tmp_path))]) == 0
     assert "Comparison of 4 runs" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_report_without_the_model_and_the_training_images_says_so(copied_run, capsys, monkeypatch):
+    (copied_run / "best_model.pth").unlink()
+    assert report.main([str(copied_run)]) == 0
+    assert "warning: the report has no heat maps (" in capsys.readouterr().out
+    assert "balanced accuracy" in (copied_run / "report.html").read_text()
