@@ -22,6 +22,7 @@ CURVES = {
 }  # fmt: skip
 NUM_NAMED = 7  # groups with a color and a name in the charts; the color of all others is the muted one
 MUTED = 8
+LONGEST_NAME = 9  # letters of a folder in a chart
 MAX_ROWS = 200  # of a table
 
 
@@ -40,7 +41,7 @@ def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> Non
     folders = short_names([record.folder for record in records])
     runs, lines = [], []
     for number, group in enumerate(groups, start=1):
-        name = shortened(folders[group.runs[0].folder]) if len(group.runs) == 1 else group.count()
+        name = _end_of(folders[group.runs[0].folder]) if len(group.runs) == 1 else group.count()
         lines.append((f"{number}: {name}", group.runs))
         runs += [(f"{number}: {shortened(folders[run.folder], 60)}", run) for run in group.runs]
     write_page(
@@ -58,6 +59,11 @@ def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> Non
     )
 
 
+def _end_of(name):
+    """For the room in a chart; names of runs often begin alike and end in a time or a number."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
 def overlaid_curves(lines: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[Markup]:
     """One chart per metric of CURVES with a curve per run, dashed if the run is not finished.
 
@@ -72,8 +78,11 @@ def overlaid_curves(lines: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[Ma
                 if not rows:
                     continue
                 xs, ys = [row["epoch"] for row in rows], [row[column] for row in rows]
-                color = number if number <= NUM_NAMED else MUTED
-                curves.append(Curve(name if number <= NUM_NAMED else "", xs, ys, color, dashed=not run.results))
+                is_named = number <= NUM_NAMED
+                curve_name = name if is_named else ""
+                curves.append(
+                    Curve(curve_name, xs, ys, number if is_named else MUTED, dashed=not run.results, faint=not is_named)
+                )
                 name = ""  # of the first curve of this color only
         if curves:
             is_loss = column.endswith("loss")

@@ -49,7 +49,7 @@ def test_fifty_runs_have_few_colors_and_names(tmp_path):
     (chart, *_) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert chart.count("<polyline") == 50
     assert len(re.findall(r">\d+: r\d+<", chart)) == NUM_NAMED
-    assert chart.count('stroke="var(--series-8)"') == 50 - NUM_NAMED
+    assert chart.count('stroke="var(--series-8)" stroke-width="1"') == 50 - NUM_NAMED
 
 
 def test_runs_that_are_not_finished_have_curves_and_no_test_metrics(tmp_path):
@@ -76,6 +76,13 @@ def test_only_its_own_page_is_replaced(tmp_path):
         check_own_page(path)
     with pytest.raises(UserError, match="exists and was not"):  # a folder
         check_own_page(tmp_path)
+
+
+def test_names_in_a_chart_keep_their_ends(tmp_path):
+    names = {"checkpoints_20260101_120047": 1.0, "checkpoints_20260101_120048": 2.0}
+    folders = [write_run_folder(tmp_path / name, TARGETS, answers(9), gamma=gamma) for name, gamma in names.items()]
+    (chart, *_) = re.findall(r"<svg.*?</svg>", page_of(tmp_path, folders), re.DOTALL)
+    assert "1: …1_120047" in chart and "2: …1_120048" in chart
 
 
 def test_short_names_tell_folders_apart(tmp_path):
