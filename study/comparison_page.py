@@ -16,6 +16,7 @@ from study.run_comparison import PairedComparison, compare_groups
 from study.run_records import RunGroup, RunRecord, group_records
 
 GENERATOR = '<meta name="generator" content="report.py">'  # by which the command knows its own pages
+HEAD_LENGTH = 2**16  # letters of a page in which it is found
 NAMES = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
 CURVES = {
     "val_balanced_acc": "validation balanced accuracy", "val_loss": "validation loss", "train_loss": "training loss",
@@ -31,7 +32,11 @@ def check_own_page(path: str | Path) -> None:
     path = Path(path)
     if not path.exists():
         return
-    if not path.is_file() or GENERATOR not in path.read_text(encoding="utf-8", errors="replace"):
+    is_own = False
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            is_own = GENERATOR in file.read(HEAD_LENGTH)
+    if not is_own:
         raise UserError(f"--output: {path} exists and was not written by report.py; name another file")
 
 
