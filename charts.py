@@ -24,13 +24,17 @@ MAX_POINTS = 1000  # of a curve or a scatter plot
 
 @dataclass
 class Curve:
-    """xs, ys: (n,) numbers; points that are not finite are left out. color: 1 to NUM_COLORS."""
+    """xs, ys: (n,) numbers; points that are not finite are left out. color: 1 to NUM_COLORS.
+
+    faint: thin and pale, for the background of others. A curve with an empty name has none at its end.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     color: int = 1
     dashed: bool = False
+    faint: bool = False
 
 
 class _Plane:
@@ -100,12 +104,14 @@ def line_chart(
             continue
         color, dashes = f"var(--series-{(curve.color - 1) % NUM_COLORS + 1})", ' stroke-dasharray="5 3"'
         path = " ".join(f"{plane.x(x)},{plane.y(min(max(y, low), high))}" for x, y in line)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"{dashes * curve.dashed}/>'
-        )
+        stroke = 'stroke-width="1" stroke-opacity=".45"' if curve.faint else 'stroke-width="1.8"'
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" {stroke}{dashes * curve.dashed}/>')
+        if curve.faint:
+            continue
         x, y = plane.x(line[-1][0]), plane.y(min(max(line[-1][1], low), high))
         parts.append(f'<circle cx="{x}" cy="{y}" r="2.2" fill="{color}"/>')
-        labels.append((y, shortened(curve.name, 22), color))
+        if curve.name:
+            labels.append((y, shortened(curve.name, 22), color))
     for y, text, color in _spread(labels, plane.top, plane.bottom):
         parts.append(_text(plane.right + 6, y + 4, text, color=color))
     return _svg(title, width, height, parts)

@@ -1,17 +1,22 @@
 #!/usr/bin/env python3
 # PYTHON_ARGCOMPLETE_OK
-"""Compare finished runs: mean and spread over their seeds and folds."""
+"""Compare runs: mean and spread over their seeds and folds, and pages with curves and paired differences."""
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flags import is_neutral
-from run.cli import Parser, PathsAction, UserError, run_command
+from run.cli import Parser, PathsAction, UserError, end_process, run_command
+
+if TYPE_CHECKING:
+    from study.run_records import RunRecord
 
 DESCRIPTION = """Mean and spread over the seeds and folds of runs with the same flags,
-best validation balanced accuracy first.
+best validation balanced accuracy first, and a page to look at:
+
+several runs          comparison.html: curves, metrics, differing flags, paired differences
+one run               its report.html, written again from its files, finished or not
+a cross-validation    its report.html and label_issues.csv, the images whose labels are doubtful
 
 python report.py checkpoints_*
 """
@@ -20,54 +25,69 @@ python report.py checkpoints_*
 def build_parser() -> Parser:
     parser = Parser("report.py", DESCRIPTION)
     parser.add_argument(
-        "run_dirs", nargs="+", action=PathsAction, metavar="RUN", help="folder of a finished run of main.py"
+        "run_dirs",
+        nargs="+",
+        action=PathsAction,
+        metavar="RUN",
+        help="folder of a run of main.py or of a cross-validation",
+    )
+    parser.add_argument(
+        "--output", default="comparison.html", metavar="FILE", help="page of several runs [comparison.html]"
     )
     return parser
 
 
 def run(argv: Sequence[str]) -> None:
-    compare_runs(build_parser().parse_args(argv).run_dirs)
+    args = build_parser().parse_args(argv)
+    from study.run_records import is_cross_validation, read_records
+
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.run_dirs))
+    records = read_records(folders)
+    if not records:
+        raise UserError("none of the folders is a finished run; name folders of finished runs")
+    cross_validations = [folder for folder in folders if is_cross_validation(folder)]
+    compares_several = len(records) > 1 and folders != cross_validations[:1]
+    if compares_several:
+        from study.comparison_page import check_own_page
+
+        check_own_page(args.output)
+    print_comparison(records)
+    for folder in cross_validations:
+        from study.cross_validation_page import write_cross_validation
+
+        write_cross_validation(folder)
+    if compares_several:
+        from study.comparison_page import write_comparison_page
+
+        write_comparison_page(args.output, records)
+        print(f"comparison saved to {args.output}")
+    elif not cross_validations:
+        from study.run_page import rewrite_report
+
+        rewrite_report(records[0])
 
 
-def compare_runs(run_dirs: Sequence[str]) -> None:
-    """Print the comparison. Runs that were not evaluated on validation images come last."""
+def print_comparison(records: Sequence["RunRecord"]) -> None:
+    """Print mean and spread of each group, then the runs that are not finished.
+
+    Runs that were not evaluated on validation images come last.
+    """
+    from study.run_records import group_records
     from study.spread import print_spread, spread_over
 
-    groups = runs_by_flags(run_dirs)
-    if not groups:
-        raise UserError("none of the folders is a finished run; name folders of finished runs")
-    flags_of_groups = [json.loads(key) for key in groups]
-    names = dict.fromkeys(name for flags in flags_of_groups for name in flags)
-    differing = [name for name in names if len({json.dumps(flags.get(name)) for flags in flags_of_groups}) > 1]
-    spreads = []
-    for flags, members in zip(flags_of_groups, groups.values(), strict=True):
-        title = " ".join(f"--{name} {flags.get(name)}" for name in differing)
-        count = "1 run" if len(members) == 1 else f"{len(members)} runs"
-        spreads.append((f"{title or members[0]} ({count})", spread_over(members)))
-    for title, spread in sorted(spreads, key=lambda item: -item[1].get("val_balanced_acc", {"mean": 0})["mean"]):
-        print_spread(title, spread)
-
-
-def runs_by_flags(run_dirs: Sequence[str]) -> dict[str, list[Path]]:
-    """-> {flags as JSON: run folders}, without neutral flags, seed and fold. Prints the folders that it skips."""
-    from run.files import read_json
-
-    groups = {}
-    for run_dir in dict.fromkeys(Path(run_dir).resolve() for run_dir in run_dirs):
-        if not (run_dir / "results.json").exists():
-            print(f"skipped: {run_dir} is not a finished run")
-            continue
-        args = read_json(run_dir / "args.json")
-        if not isinstance(args, dict):
-            raise UserError(f"{run_dir / 'args.json'} is damaged; restore it or delete the run")
-        flags = {name: value for name, value in args.items() if not is_neutral(name) and name not in ("seed", "fold")}
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run_dir)
-    return groups
+    for group in group_records([record for record in records if record.results]):
+        print_spread(f"{group.title} ({group.count()})", spread_over([run.folder for run in group.runs]))
+    for record in records:
+        if not record.results:
+            best = record.val_balanced_acc()
+            about = "" if best is None else f", best validation balanced accuracy {best:.3f}"
+            print(f"not finished: {record.folder}: {record.epochs_done()} epochs{about}")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """-> exit status, see `run_command`."""
     return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

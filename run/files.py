@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import unicodedata
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -241,9 +242,21 @@ def write_predictions(
 
 
 def read_predictions(path: str | Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read a file of `write_predictions`. -> (paths (N,) str, targets (N,) int, probabilities (N, C))"""
-    rows = read_rows(path)
-    targets = np.array([classes.index(row["label"]) for row in rows])
-    columns = probability_columns(classes)
-    probabilities = np.array([[float(row[column]) for column in columns] for row in rows])
-    return np.array([row["path"] for row in rows]), targets, probabilities
+    """Read a file of `write_predictions`. -> (paths (N,) of str objects, targets (N,) int, probabilities (N, C))
+
+    Raises UserError if the file is not complete, or not of these classes.
+    """
+    paths, targets, probabilities, position = [], [], array("d"), {name: i for i, name in enumerate(classes)}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file)
+        try:
+            header = next(rows, [])
+            path_column, label_column = header.index("path"), header.index("label")
+            columns = [header.index(column) for column in probability_columns(classes)]
+            for row in rows:  # kept as numbers: a million rows of text would take gigabytes
+                paths.append(row[path_column])
+                targets.append(position[row[label_column]])
+                probabilities.extend([float(row[column]) for column in columns])
+        except (ValueError, KeyError, IndexError, csv.Error) as error:
+            raise UserError(f"{path} is damaged, or not of the classes in results.json; restore it") from error
+    return np.array(paths, object), np.array(targets, int), np.array(probabilities).reshape(-1, len(classes))

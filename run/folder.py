@@ -16,7 +16,8 @@ import filelock
 from run.cli import UserError
 
 LOCK_FILE = ".lock"  # in the folder of a run
-FOLDS_FILE = "folds_begun.json"  # in the folder of a cross-validation: its flags and images
+# in the folder of a cross-validation: its flags and images, and its results
+FOLDS_FILE, FOLDS_RESULTS = "folds_begun.json", "folds.json"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from study.ablation import MethodRun
 
 POSTHOC = "{}, post-hoc logit adjustment"  # of the baseline: a row of the table without a training of its own
 RESAMPLES, CHUNK = 2000, 100
+MAX_DRAWN = 20_000_000  # numbers of a chunk: fewer resamples at once of very many images
 METRICS = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1"}
 NUM_RAREST = 3  # classes whose recall the table shows
 
@@ -63,11 +64,11 @@ def read_runs(runs: list[MethodRun]) -> dict[str, list[EvaluatedRun]]:
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def resample_images(runs: Sequence[EvaluatedRun]) -> Iterator[dict[str, np.ndarray]]:
-    """Resample the test images of several runs, which may share some. -> {path: how often it is drawn, (B,)} per chunk.
+def resample_images(runs: Sequence[EvaluatedRun]) -> Iterator[list[np.ndarray]]:
+    """Resample the test images of several runs, which may share some. -> how often each is drawn, S arrays (B, N)
 
     Stratified by class; subjects are drawn whole if they are known, see `Bootstrap`. The first chunk has B = 1: every
-    image once.
+    image once. An image that several runs share is drawn equally often for each.
     """
     target_of, subject_of = {}, {}
     for run in runs:
@@ -75,11 +76,13 @@ def resample_images(runs: Sequence[EvaluatedRun]) -> Iterator[dict[str, np.ndarr
         subject_of |= zip(run.paths, run.subjects, strict=False)
     subjects = np.unique(list(subject_of.values()), return_inverse=True)[1] if subject_of else None
     bootstrap = Bootstrap(np.array(list(target_of.values())), subjects)
-    rng = np.random.default_rng(0)
-    yield dict.fromkeys(target_of, np.ones(1, np.int32))
-    for start in range(0, RESAMPLES, CHUNK):
-        drawn = bootstrap.draw(min(CHUNK, RESAMPLES - start), rng)
-        yield dict(zip(target_of, drawn.T, strict=True))
+    position = {path: i for i, path in enumerate(target_of)}
+    positions = [np.array([position[path] for path in run.paths]) for run in runs]
+    rng, chunk = np.random.default_rng(0), max(1, min(CHUNK, MAX_DRAWN // len(target_of)))
+    yield [np.ones((1, len(run.paths)), np.int32) for run in runs]
+    for start in range(0, RESAMPLES, chunk):
+        drawn = bootstrap.draw(min(chunk, RESAMPLES - start), rng)
+        yield [drawn[:, of_run] for of_run in positions]
 
 
 def resampled_metrics(
@@ -91,19 +94,35 @@ def resampled_metrics(
     for every method, and an image that several seeds share equally often for each.
     """
     num_classes = len(runs[0].results["classes"])
-    one_hot = np.eye(num_classes**2, dtype=np.float32)
+    cells_of = {
+        method: [_Cells(run.targets * num_classes + p) for run, p in zip(runs, predictions, strict=True)]
+        for method, predictions in predictions_of.items()
+    }
     chunks = {method: [] for method in predictions_of}
     for times_drawn in resample_images(runs):
-        weights = [np.stack([times_drawn[path] for path in run.paths], axis=1).astype(np.float32) for run in runs]
-        for method, predictions in predictions_of.items():
-            cells = [one_hot[run.targets * num_classes + p] for run, p in zip(runs, predictions, strict=True)]
-            matrices = np.stack([w @ cell for w, cell in zip(weights, cells, strict=True)], axis=1)
-            metrics = confusion_metrics(matrices.reshape(-1, num_classes, num_classes).astype(np.float64))
+        for method, cells_of_runs in cells_of.items():
+            sums = [cells.sums(drawn, num_classes**2) for cells, drawn in zip(cells_of_runs, times_drawn, strict=True)]
+            metrics = confusion_metrics(np.stack(sums, axis=1).reshape(-1, num_classes, num_classes))
             chunks[method].append({name: metrics[name].reshape(-1, len(runs)) for name in METRICS})
     return {
         method: {name: np.concatenate([chunk[name] for chunk in chunks[method]]) for name in METRICS}
         for method in chunks
     }
+
+
+class _Cells:
+    """The images sorted by their cells of the confusion matrix: with 100 classes, a matrix (N, 10,000) of which image
+    is in which cell would take gigabytes. cells: (N,) int."""
+
+    def __init__(self, cells):
+        self.order = np.argsort(cells, kind="stable")
+        self.cells, self.starts = np.unique(cells[self.order], return_index=True)
+
+    def sums(self, weights, num_cells):
+        """weights of the images, (B, N) int -> (B, num_cells) float64"""
+        result = np.zeros((len(weights), num_cells))
+        result[:, self.cells] = np.add.reduceat(weights[:, self.order], self.starts, axis=1)
+        return result
 
 
 def compare_methods(evaluated: Mapping[str, Sequence[EvaluatedRun]], baseline: str) -> list[dict]:
@@ -117,8 +136,17 @@ def compare_methods(evaluated: Mapping[str, Sequence[EvaluatedRun]], baseline: s
         predictions_of[method] = [run.predictions["raw"] for run in runs]
         if method == baseline:
             predictions_of[POSTHOC.format(method)] = [run.predictions["posthoc"] for run in runs]
-    metrics_of = resampled_metrics(predictions_of, evaluated[baseline])
-    weights = _resampled_seed_weights(len(evaluated[baseline]))
+    table = compare_predictions(predictions_of, evaluated[baseline], baseline)
+    correct_p_values([row for row in table if row["method"] != baseline])
+    return [row | summarize_runs(evaluated.get(row["method"], [])) for row in table]
+
+
+def compare_predictions(
+    predictions_of: Mapping[str, Sequence[np.ndarray]], runs: Sequence[EvaluatedRun], baseline: str
+) -> list[dict]:
+    """The statistics of `compare_methods`, with p values that are not corrected; arguments: see `resampled_metrics`."""
+    metrics_of = resampled_metrics(predictions_of, runs)
+    weights = _resampled_seed_weights(len(runs))
     table = []
     for method, metrics in metrics_of.items():
         row = {"method": method}
@@ -126,12 +154,15 @@ def compare_methods(evaluated: Mapping[str, Sequence[EvaluatedRun]], baseline: s
             means, baseline_means = ((m[name] * weights).sum(axis=1) for m in (metrics, metrics_of[baseline]))
             row |= _compare_seeds(name, metrics[name][0], metrics_of[baseline][name][0])
             row |= {f"{name}{suffix}": value for suffix, value in summarize(means, baseline_means).items()}
-        table.append(row | summarize_runs(evaluated.get(method, [])))
-    others = [row for row in table if row["method"] != baseline]
-    for name in METRICS:
-        for row, p in zip(others, holm([row[f"{name}_p"] for row in others]), strict=True):
-            row[f"{name}_p"] = p
+        table.append(row)
     return table
+
+
+def correct_p_values(rows: Sequence[dict]) -> None:
+    """Correct the p values of rows of `compare_predictions` for their number, in place; see `holm`."""
+    for name in METRICS:
+        for row, p in zip(rows, holm([row[f"{name}_p"] for row in rows]), strict=True):
+            row[f"{name}_p"] = p
 
 
 def _resampled_seed_weights(num_seeds):

@@ -6,20 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from evaluation import print_metrics
 from flag_checks import parse_flags
 from flags import is_neutral, is_ordinal
 from images.folders import index_folders
-from images.leakage import subject_ids
-from metrics import RANKINGS, full_metrics
 from resume import run_folder
 from run.cli import UserError
-from run.files import read_json, read_predictions, write_json
-from run.folder import FOLDS_FILE
+from run.files import read_json, write_json
+from run.folder import FOLDS_FILE, FOLDS_RESULTS
 from run.log import log_scope, start_log
 from run.signals import Stopped
+from study.cross_validation_page import write_cross_validation
+from study.out_of_fold import pooled_metrics, read_folds
 from study.spread import print_spread, spread_over
 from study.started_with import check_same_settings
 
@@ -48,11 +46,14 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
                     status = run_fold([*argv, *fold_flags], resume_hint=resume_hint)
                 if status:
                     return status
-            spread, pooled = spread_over(run_dirs), pooled_metrics(run_dirs, run_args)
-            write_json(folder / "folds.json", {**spread, "test_pooled": pooled})
+            spread, images = spread_over(run_dirs), read_folds(run_dirs)
+            samples_per_cls = read_json(run_dirs[0] / "results.json")["samples_per_cls"]
+            pooled = pooled_metrics(images, samples_per_cls, run_args.group_regex, is_ordinal(run_args))
+            write_json(folder / FOLDS_RESULTS, {**spread, "test_pooled": pooled})
             print_spread(f"mean and standard deviation of {args.folds} folds", spread)
             print_metrics("test images of all folds together", pooled)
             print(f"results saved to {folder}")
+            write_cross_validation(folder)
         except Stopped as stop:
             print(f"stopped{resume_hint}", file=sys.stderr)
             return stop.status
@@ -73,20 +74,3 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
         f"the cross-validation in {path.parent}",
     )
     write_json(path, previous)
-
-
-def pooled_metrics(run_dirs: Sequence[Path], args: argparse.Namespace) -> dict:
-    """Metrics of the test images of all folds together, each tested in one fold.
-
-    Without metrics that rank images, as the probabilities come from several models.
-    """
-    results = read_json(run_dirs[0] / "results.json")
-    classes = results["classes"]
-    folds = [read_predictions(run_dir / "test_predictions.csv", classes) for run_dir in run_dirs]
-    paths, targets, probabilities = map(np.concatenate, zip(*folds, strict=True))
-    subjects = subject_ids(paths.tolist(), args.group_regex)
-    pooled = full_metrics(targets, probabilities, classes, results["samples_per_cls"], is_ordinal(args), subjects)
-    for class_metrics in pooled["per_class"].values():
-        for name in RANKINGS:
-            del class_metrics[name], class_metrics[f"{name}_ci"]
-    return pooled

@@ -13,8 +13,9 @@ from PIL import Image
 
 import main
 from images.folders import ImageIndex
+from metrics import full_metrics
 from model import load_checkpoint, save_checkpoint
-from run.files import read_rows
+from run.files import HISTORY_COLUMNS, read_rows, write_history, write_json, write_predictions
 from run.saver import BEST, LAST
 
 ROOT = Path(main.__file__).parent
@@ -73,6 +74,22 @@ def start_with_thin_trials(program, *flags):
     command = [sys.executable, "-c", script, *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def write_run_folder(folder, targets, probabilities, classes=("a", "b", "c"), paths=None, epochs=3, **flags):
+    """The files of a finished run that report.py reads, without a training. -> folder"""
+    folder.mkdir(parents=True)
+    paths = [f"/nowhere/{i:04d}.png" for i in range(len(targets))] if paths is None else paths
+    metrics = full_metrics(targets, probabilities, list(classes), [50] * len(classes), resamples=20)
+    results = {"evaluated_epoch": 1, "best_epoch": 1, "epochs": epochs, "test": metrics, "val": metrics}
+    write_json(folder / "results.json", {**results, "classes": list(classes), "samples_per_cls": [50] * len(classes)})
+    write_json(
+        folder / "args.json", {"seed": 0, "epochs": epochs, "run_dir": str(folder), "resize": "stretch", **flags}
+    )
+    row = dict.fromkeys(HISTORY_COLUMNS, 0.5)
+    write_history(folder / "history.csv", [{**row, "epoch": epoch} for epoch in range(epochs)])
+    write_predictions(folder / "test_predictions.csv", paths, targets, probabilities, list(classes))
+    return folder
 
 
 def wait_for(condition, seconds=150):

@@ -131,8 +131,14 @@ def test_folds_are_trained_one_after_another_and_summarized(data_dir, tmp_path, 
     assert summary["test_balanced_acc"]["mean"] == pytest.approx(np.mean(accuracies))
     assert summary["test_balanced_acc"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert run_main(*flags) == 2 and "already exists" in capsys.readouterr().err
+    (tmp_path / "cv" / "label_issues.csv").unlink()  # written again, as is the report
+    (tmp_path / "cv" / "report.html").unlink()
+    (tmp_path / "cv" / "report.html").mkdir()  # which cannot be written: that costs neither results nor exit status
     assert run_main(*flags, "--auto_resume", "--num_workers", 1) == 0
-    assert capsys.readouterr().out.count("already finished") == 3
+    out = capsys.readouterr().out
+    assert out.count("already finished") == 3 and "warning: report.html: not written" in out
+    doubtful = {row["path"] for row in read_rows(tmp_path / "cv" / "label_issues.csv")}
+    assert doubtful <= {row["path"] for row in pooled if row["correct"] == "0"}
     assert run_main(*flags, "--auto_resume", "--gamma", 1) == 2
     assert "was started with other settings (gamma: 2.0, now 1.0)" in capsys.readouterr().err
     assert run_main(*flags[:-4], "--run_dir", tmp_path / "cv", "--auto_resume") == 2

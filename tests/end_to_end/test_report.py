@@ -1,10 +1,18 @@
-"""report.py on folders of finished runs, of which it needs only two files."""
+"""report.py on folders of runs and cross-validations; of a finished run it needs only two files."""
 
 import json
 
+import numpy as np
 import pytest
+from helpers import write_run_folder
 
 import report
+
+
+@pytest.fixture(autouse=True)
+def current_folder(tmp_path, monkeypatch):
+    """comparison.html is written to the current folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 def write_run(folder, balanced_acc, **flags):
@@ -54,3 +62,73 @@ def test_a_damaged_run_is_one_error_line(tmp_path, capsys, name):
     assert report.main([run]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and f"{name} is damaged" in line
+
+
+def write_runs(tmp_path):
+    targets = np.array([0, 1, 2] * 5)
+    return [write_run_folder(tmp_path / f"g{g}", targets, np.eye(3)[targets], gamma=g) for g in (1.0, 2.0)]
+
+
+def test_several_runs_are_compared_on_a_page_in_the_current_folder(tmp_path, capsys):
+    runs = list(map(str, write_runs(tmp_path)))
+    for _ in range(2):  # the second time it replaces its own page
+        assert report.main(runs) == 0
+    out = capsys.readouterr().out
+    assert "--gamma 1.0 (1 run):" in out and "comparison saved to comparison.html" in out
+    assert "Comparison of 2 runs" in (tmp_path / "comparison.html").read_text()
+    assert report.main([*runs, "--output", "other.html"]) == 0 and (tmp_path / "other.html").exists()
+    assert not list(tmp_path.glob("g*/report.html"))
+
+
+def test_a_page_that_report_py_did_not_make_is_kept(tmp_path, capsys):
+    (tmp_path / "comparison.html").write_text("my notes")
+    assert report.main(list(map(str, write_runs(tmp_path)))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --output: comparison.html exists and was not written by report.py")
+    assert (tmp_path / "comparison.html").read_text() == "my notes"
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_error_line_after_the_comparison(tmp_path, capsys):
+    assert report.main([*map(str, write_runs(tmp_path)), "--output", "missing/page.html"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert "--gamma 1.0" in captured.out and line == "error: missing/page.html: No such file or directory"
+
+
+def test_the_report_of_one_run_is_the_same_when_it_is_written_again(copied_run, tmp_path, thin_network):
+    first = (copied_run / "report.html").read_text()
+    (copied_run / "report.html").unlink()
+    assert report.main([str(copied_run)]) == 0
+    lines = [first.splitlines(), (copied_run / "report.html").read_text().splitlines()]
+    different = [line for pair in zip(*lines, strict=True) if len(set(pair)) > 1 for line in pair]
+    assert different == [f"<{tag}>{name}</{tag}>" for tag in ("title", "h1") for name in ("finished", "copied")]
+    assert not (tmp_path / "comparison.html").exists()
+
+
+def test_a_run_that_was_interrupted_gets_a_report_of_what_there_is(copied_run, capsys):
+    for name in ("results.json", "report.html", "best_model.pth", "last_model.pth", "environment.json"):
+        (copied_run / name).unlink(missing_ok=True)
+    assert report.main([str(copied_run)]) == 0
+    assert "not finished: " in (out := capsys.readouterr().out) and "2 of 2 epochs" in out and "warning" not in out
+    page = (copied_run / "report.html").read_text()
+    assert "not finished" in page and "<svg" in page
+
+
+def test_a_cross_validation_gets_its_report_and_the_doubtful_labels(tmp_path, capsys):
+    for fold in (0, 1):
+        targets = np.array([0, 1, 2] * 5)
+        write_run_folder(tmp_path / "cv" / f"fold_{fold}", targets, np.eye(3)[targets], fold=fold, folds=2)
+    (tmp_path / "cv" / "folds.json").write_text("{}")
+    assert report.main([str(tmp_path / "cv")]) == 0
+    assert "(2 runs):" in capsys.readouterr().out
+    assert (tmp_path / "cv" / "label_issues.csv").exists() and (tmp_path / "cv" / "report.html").exists()
+    assert not (tmp_path / "comparison.html").exists()
+    assert report.main([str(tmp_path / "cv"), *map(str, write_runs(tmp_path))]) == 0
+    assert "Comparison of 4 runs" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_report_without_the_model_and_the_training_images_says_so(copied_run, capsys, monkeypatch):
+    (copied_run / "best_model.pth").unlink()
+    assert report.main([str(copied_run)]) == 0
+    assert "warning: the report has no heat maps (" in capsys.readouterr().out
+    assert "balanced accuracy" in (copied_run / "report.html").read_text()
