@@ -39,6 +39,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from engine import RunningMetrics, build_engine
     from evaluation import evaluate_best, print_results
     from images.demo import write_demo_data
+    from images.leakage import warn_of_near_duplicates
     from images.splits import make_splits, paths_by_split, print_class_table
     from model import initial_weights
     from pages import write_report
@@ -96,6 +97,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     write_json(run_dir / "args.json", vars(args))
     write_json(run_dir / "splits.json", paths_by_split(splits))
     write_history(run_dir / "history.csv", progress.history)
+    if not checkpoint:
+        warn_of_near_duplicates(splits, run_dir)
     precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 

@@ -104,7 +104,7 @@ def num_trained_on(paths: Iterable[str], checkpoints: Iterable[dict]) -> int:
     return sum(sizes is not None and file_stat(path)[0] in sizes for path, sizes in found)
 
 
-def warn_of_near_duplicates(splits: dict[str, ImageIndex], run_dir: str | None = None) -> None:
+def warn_of_near_duplicates(splits: dict[str, ImageIndex], run_dir: Path | None = None) -> None:
     """List the pairs of nearly identical photographs in different splits. A failure costs the list, never the run.
 
     run_dir: a folder for `DUPLICATES_FILE`: {"complete": whether these are all, "count": pairs found, "pairs":

@@ -16,7 +16,7 @@ from flags import SPLITS, data_folders
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
 from images.layout import SPLIT_NAMES
-from images.leakage import check_subjects, subject_ids, warn_of_grouped_names, warn_of_near_duplicates
+from images.leakage import check_subjects, subject_ids, warn_of_grouped_names
 from run.cli import UserError
 from run.files import printable
 from utils import class_balanced_weights, effective_number
@@ -56,7 +56,6 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
         check_subjects(splits, args.group_regex)
     else:
         warn_of_grouped_names(index.paths)
-    warn_of_near_duplicates(splits, args.run_dir)
     return splits
 
 

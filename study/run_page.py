@@ -6,10 +6,9 @@ from pathlib import Path
 from flags import data_folders
 from images.decode import limit_image_size
 from images.folders import index_folders
-from model import Model, load_checkpoint
+from inference import load
 from pages import write_report
 from run.cli import UserError, first_line
-from run.machine import choose_device
 from run.saver import BEST
 from study.run_records import RunRecord
 
@@ -19,11 +18,9 @@ def rewrite_report(run: RunRecord) -> None:
     training images can still be read. A run that is not finished gets a report of the epochs so far."""
     limit_image_size(run.max_megapixels())
     splits = model = None
-    if run.results:
-        checkpoint = _attempt("heat maps", lambda: load_checkpoint(_checkpoint_path(run), "RUN"))
-        if checkpoint:
-            model = _attempt("heat maps", lambda: _load_model(checkpoint))
-            splits = _attempt("augmented images", lambda: {"train": _training_images(checkpoint)})
+    if run.results and (loaded := _attempt("heat maps", lambda: load(_checkpoint_path(run)).models[0])):
+        model = loaded.model
+        splits = _attempt("augmented images", lambda: {"train": _training_images(loaded.checkpoint)})
     write_report(run.folder, splits, None, model)
 
 
@@ -40,13 +37,6 @@ def _checkpoint_path(run):
     """Of the evaluated model: a run of --eval_only has none of its own."""
     path = run.folder / BEST
     return Path(run.args["resume"]) if run.args.get("eval_only") and not path.exists() else path
-
-
-def _load_model(checkpoint):
-    flags = checkpoint["args"]
-    model = Model(len(checkpoint["classes"]), flags["dropout_prob"], flags["train_loss"] == "ldam")
-    model.load_state_dict(checkpoint["model_state_dict"])
-    return model.eval().to(choose_device("auto"))
 
 
 def _training_images(checkpoint):

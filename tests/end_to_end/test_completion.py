@@ -50,7 +50,7 @@ def test_each_command_answers_at_once_and_the_shell_can_see_that_it_does(command
     first_bytes = (ROOT / command).read_bytes()[:1024]
     assert b"PYTHON_ARGCOMPLETE_OK" in first_bytes, f"{command}: # PYTHON_ARGCOMPLETE_OK is not in the first lines"
     assert "main.py" in COMMANDS and len(COMMANDS) > 4
-    words, process = complete(f"python {command} --he", tmp_path, "-X", "importtime")
+    words, process = complete(f"python {command} --hel", tmp_path, "-X", "importtime")
     imported = re.findall(r"\| +(\w+)$", process.stderr, re.M)
     assert words == ["--help"] and "argcomplete" in imported and not set(imported) & SLOW_IMPORTS
     assert process.stdout == ""
