@@ -97,7 +97,10 @@ def line_chart(
     parts = plane.axes(x_label, x_ticks, y_ticks, y_label)
     for x, text in marks:
         parts.append(_line(plane.x(x), plane.top, plane.x(x), plane.bottom, "var(--muted)", "2 3"))
-        parts.append(_text(plane.x(x), plane.top - 5, text, "middle", muted=True))
+        half = _text_width(text) / 2
+        # beside the numbers of the axis and the names of the curves, not on them
+        anchor = "start" if plane.x(x) - half < plane.left else "end" if plane.x(x) + half > plane.right else "middle"
+        parts.append(_text(plane.x(x), plane.top - 5, text, anchor, muted=True))
     labels = []
     for curve, line in zip(curves, points, strict=True):
         if not line:

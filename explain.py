@@ -1,4 +1,4 @@
-"""Heat maps: which regions of a photograph speak for a class, by Grad-CAM on the last features of the network."""
+"""Heat maps: which regions of a photograph support a class, by Grad-CAM on the last features of the network."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ COLORS = cv2.COLORMAP_TURBO
 def grad_cam(
     model: Model, images: torch.Tensor, targets: Sequence[int], rivals: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Which regions speak for a class rather than for another, at the resolution of the images.
+    """Which regions support a class rather than another, at the resolution of the images.
 
     Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2) on the output of the last stage. Explained is the logit of the target
     minus that of its rival (contrastive explanations, Prabhushankar et al. 2020), without rivals minus the mean of all
     logits: a region can raise all logits alike, which changes no prediction. For grades, see `rival_grades`.
 
     model: left as it is; images: (N, 3, S, S) uint8 on its device; targets, rivals: N classes
-    -> (N, S, S) float32, 0 to 1 = the largest value of each map. All zeros: no region speaks for the class.
+    -> (N, S, S) float32, 0 to 1 = the largest value of each map. All zeros: no region supports the class.
     Computed in float32 and in chunks, whose memory does not depend on N.
     """
     size = images.shape[-1]
@@ -47,7 +47,7 @@ def grad_cam(
 def rival_grades(grades: Sequence[int], num_classes: int) -> list[int]:
     """The rivals that show what a grade is given for: the grade below, or above the lowest one.
 
-    Against the grade above, smooth skin speaks for grade 3; against the grade below, its wrinkles do.
+    Against the grade above, smooth skin supports grade 3; against the grade below, its wrinkles do.
     """
     return [grade - 1 if grade else min(1, num_classes - 1) for grade in grades]
 
@@ -59,7 +59,7 @@ def neighbor_grade(probabilities: np.ndarray, grade: int) -> int | None:
 
 
 class Explanation(NamedTuple):
-    """heat_map: (S, S) float32, 0 to 1: what speaks for the class `target`, for grades rather than for `rival`."""
+    """heat_map: (S, S) float32, 0 to 1: what supports the class `target`, for grades rather than `rival`."""
 
     target: int
     rival: int | None
@@ -69,7 +69,7 @@ class Explanation(NamedTuple):
 def explain_predictions(
     models: Sequence[Model], images: torch.Tensor, probabilities: np.ndarray, is_ordinal: bool
 ) -> list[list[Explanation]]:
-    """What speaks for the prediction of each image; for grades also for the more probable of the neighboring grades.
+    """What supports the prediction of each image; for grades also for the more probable of the neighboring grades.
 
     models: each map is the mean of theirs; images: (N, 3, S, S) uint8 on their device; probabilities: (N, C) -> N lists
     """

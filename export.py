@@ -78,7 +78,9 @@ def check_output(output: Path, overwrite: bool, is_adjusted: bool) -> None:
     """Raise UserError if the output cannot be written, before the work of minutes."""
     suffix = output.suffix.lower()
     if suffix not in PACKAGES:
-        raise UserError(f"OUTPUT: {output} must end in {', '.join(PACKAGES)}, which says what kind of file is written")
+        *others, last = PACKAGES
+        endings = f"{', '.join(others)} or {last}"
+        raise UserError(f"OUTPUT: {output} must end in {endings}, which says what kind of file is written")
     if suffix == ".safetensors" and is_adjusted:
         raise UserError(
             "--adjusted: a .safetensors file holds the weights alone; its metadata have tau and temperature"

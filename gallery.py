@@ -219,6 +219,6 @@ def explain_photos(
     number = sum(bool(photo.heat_maps) for photo in photos)
     neighbor = ", and for the neighboring grade that is more probable" if is_ordinal(args) else ""
     return (
-        f"Beside a photograph: its heat map (Grad-CAM), the regions that speak for the predicted class{neighbor}. "
+        f"Beside a photograph: its heat map (Grad-CAM), the regions that support the predicted class{neighbor}. "
         f"{number} of {len(photos)} photographs have one. A map shows where the network looked, not that it is right."
     )

@@ -1,4 +1,4 @@
-"""The folder of `--heatmaps`: a figure of each photograph with what speaks for its prediction."""
+"""The folder of `--heatmaps`: a figure of each photograph with what supports its prediction."""
 
 import functools
 import os
@@ -91,8 +91,8 @@ def captions(explanation: Explanation, probabilities: np.ndarray, classes: Seque
     target, rival = explanation.target, explanation.rival
     answer = f"{classes[target]}: {probabilities[target]:.0%}"
     if target != probabilities.argmax():
-        return f"why not {answer}", f"what speaks for {classes[target]}"
-    return answer, "what speaks for it" + (f" rather than {classes[rival]}" if rival is not None else "")
+        return f"why not {answer}", f"what supports {classes[target]}"
+    return answer, "what supports it" + (f" rather than {classes[rival]}" if rival is not None else "")
 
 
 def figure(photo: np.ndarray, heat_maps: Sequence[np.ndarray], texts: Sequence[tuple[str, str]]) -> Image.Image:
@@ -111,7 +111,7 @@ def figure(photo: np.ndarray, heat_maps: Sequence[np.ndarray], texts: Sequence[t
     for number, (panel, lines) in enumerate(zip(panels, texts, strict=True)):
         left = MARGIN + number * step
         if number and not heat_maps[number - 1].any():
-            lines = (lines[0], "no region speaks for it")
+            lines = (lines[0], "no region supports it")
         picture.paste(Image.fromarray(panel), (left, top))
         for line, text in enumerate(lines):
             _write(drawing, (left, (1 + line) * LINE), text, side)

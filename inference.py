@@ -344,7 +344,7 @@ class Grader:
             more = f", and {len(sets.small) - MAX_LISTED} more" if len(sets.small) > MAX_LISTED else ""
             print(
                 f"prediction sets: classes with fewer than {sets.min_images} validation images ({', '.join(listed)}"
-                f"{more}) have no quantile of their own; the {self.coverage:.0%} are not guaranteed for them"
+                f"{more}) have no quantile of their own; the coverage of {self.coverage:.0%} is not guaranteed for them"
             )
         return sets
 

@@ -95,12 +95,12 @@ def write_report(
     splits: Mapping[str, ImageIndex] | None = None,
     probabilities: Mapping[str, np.ndarray] | None = None,
     model: Model | None = None,
-) -> None:
+) -> bool:
     """Write `report.html` and `MODEL_CARD.md`, self-contained, from the files of a run. What fails is one printed line.
 
     splits: {split: N images}, for the augmented images; probabilities: {split: (N, C)}, otherwise read from
     `test_predictions.csv`; model: the evaluated one, for heat maps. A run without `results.json` gets a report of what
-    there is, and no model card.
+    there is, and no model card. -> whether `report.html` was written
     """
     run_dir = Path(run_dir)
     with _only_informative(REPORT_FILE):
@@ -110,6 +110,8 @@ def write_report(
                 write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values))
         sections = _sections(run_dir, values, splits, probabilities, model)
         write_page(run_dir / REPORT_FILE, "report.html", **values, **sections)
+        return True
+    return False
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class Summary:
             return 0
         first = self.first_unreadable
         print(
-            f"{self.unreadable} of {self.unreadable + self.counts.total()} photographs cannot be read, such as "
+            f"{self.unreadable} of {self.unreadable + self.counts.total()} photographs cannot be read; the first is "
             f"{first.path}: {first.error} (all reasons are in the column error)",
             file=sys.stderr,
         )

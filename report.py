@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.run_dirs))
     records = read_records(folders)
     if not records:
-        raise UserError("none of the folders is a finished run; name folders of finished runs")
+        raise UserError("none of the folders holds a run with a finished epoch; name folders of runs of main.py")
     cross_validations = [folder for folder in folders if is_cross_validation(folder)]
     compares_several = len(records) > 1 and folders != cross_validations[:1]
     if compares_several:

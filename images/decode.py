@@ -210,6 +210,6 @@ def failure_reason(error: Exception, path: str | Path) -> str:
         return f"larger than {image_size_limit():g} megapixels; if that is correct, raise --max_megapixels"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "empty file"
-    reason = str(error).replace(repr(path), "").rstrip(": ") or repr(error)
+    reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "").rstrip(": ") or repr(error)
     kind = describe_file(path) if isinstance(error, UnidentifiedImageError) else None
     return f"{reason}: it is {kind}" if kind else reason

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,6 +156,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, max_help_position=32, **options)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # --flags and file names stay whole
 
     def add_argument(self, action: argparse.Action) -> None:
         if not isinstance(action, argparse._StoreFalseAction):

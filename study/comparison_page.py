@@ -60,7 +60,8 @@ def write_comparison_page(path: str | Path, records: Sequence[RunRecord]) -> Non
         flags=_flag_table(groups),
         paired=_difference_table(groups, compare_groups(groups)),
         curves=overlaid_curves(lines),
-        num_named=min(NUM_NAMED, len(groups)),
+        num_named=NUM_NAMED,
+        num_groups=len(groups),
     )
 
 

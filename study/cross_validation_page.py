@@ -77,6 +77,7 @@ def _write_page(folder, records, finished, images, doubtful):
         num_issues=None if doubtful is None else len(doubtful),
         issues=[] if doubtful is None else thumbnails(images, doubtful, args.get("resize", "stretch")),
     )
+    print(f"report saved to {folder / REPORT_FILE}")
 
 
 def _pooled(folder, finished, images):

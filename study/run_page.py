@@ -7,7 +7,7 @@ from flags import data_folders
 from images.decode import limit_image_size
 from images.folders import index_folders
 from inference import load
-from pages import write_report
+from pages import REPORT_FILE, write_report
 from run.cli import UserError, first_line
 from run.saver import BEST
 from study.run_records import RunRecord
@@ -21,7 +21,8 @@ def rewrite_report(run: RunRecord) -> None:
     if run.results and (loaded := _attempt("heat maps", lambda: load(_checkpoint_path(run)).models[0])):
         model = loaded.model
         splits = _attempt("augmented images", lambda: {"train": _training_images(loaded.checkpoint)})
-    write_report(run.folder, splits, None, model)
+    if write_report(run.folder, splits, None, model):
+        print(f"report saved to {run.folder / REPORT_FILE}")
 
 
 def _attempt(what: str, read: Callable):

@@ -89,7 +89,8 @@ def read_records(folders: Iterable[str | Path]) -> list[RunRecord]:
             if record := read_record(member):
                 records.append(record)
             else:
-                print(f"skipped: {member} is not a finished run")
+                problem = "holds no run with a finished epoch" if member.exists() else "does not exist"
+                print(f"skipped: {member} {problem}")
     return records
 
 
@@ -136,8 +137,14 @@ def group_records(records: Sequence[RunRecord]) -> list[RunGroup]:
         by_classes = split_by_classes(runs)
         for number, members in enumerate(by_classes, start=1):
             suffix = f" (classes {number})" if len(by_classes) > 1 else ""
-            groups.append(RunGroup(f"{title or members[0].folder}{suffix}", values, members))
+            groups.append(RunGroup(f"{title or _common_folder(members)}{suffix}", values, members))
     return sorted(groups, key=lambda group: -group.val_balanced_acc())
+
+
+def _common_folder(runs):
+    """-> the cross-validation of which all runs are folds, else the first run"""
+    parents = {run.folder.parent for run in runs}
+    return parents.pop() if len(runs) > 1 and len(parents) == 1 and is_cross_validation(*parents) else runs[0].folder
 
 
 def split_by_classes(records: Sequence[RunRecord]) -> list[list[RunRecord]]:

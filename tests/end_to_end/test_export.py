@@ -143,7 +143,7 @@ def test_a_file_that_predicts_something_else_fails_the_check(finished_run, tmp_p
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["model.h5"], "must end in .onnx, .pt2, .safetensors"),
+        (["model.h5"], "must end in .onnx, .pt2 or .safetensors"),
         (["old.onnx"], "old.onnx already exists"),
         (["nowhere/model.onnx"], "is in a folder that does not exist"),
         (["folder.pt2", "--overwrite"], "is a folder"),

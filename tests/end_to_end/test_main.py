@@ -154,9 +154,9 @@ def test_folds_are_trained_one_after_another_and_summarized(data_dir, tmp_path, 
     assert report.main([*runs, str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"test_balanced_acc {np.mean(accuracies):.3f} +- " in out and "(3 runs)" in out
-    assert f"skipped: {tmp_path} is not a finished run" in out
+    assert f"skipped: {tmp_path} holds no run with a finished epoch" in out
     assert report.main([str(tmp_path)]) == 2
-    assert "error: none of the folders is a finished run" in capsys.readouterr().err
+    assert "error: none of the folders holds a run with a finished epoch" in capsys.readouterr().err
     Path(runs[0], "results.json").write_text("{")
     assert report.main(runs) == 2 and "results.json is damaged" in capsys.readouterr().err
 

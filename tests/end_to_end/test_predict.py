@@ -55,7 +55,7 @@ def test_unreadable_photographs_are_rows_and_the_status_is_1(finished_run, tmp_p
     assert [bool(row["prediction"]) for row in rows] == [True, False, True]
     assert "an HTML page" in rows[1]["error"] and rows[1]["prob_0"] == rows[1]["uncertain"] == ""
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("1 of 3 photographs cannot be read, such as ") and "an HTML page" in line
+    assert line.startswith("1 of 3 photographs cannot be read; the first is ") and "an HTML page" in line
 
 
 def test_photographs_that_are_too_large_are_refused_by_the_limit_of_the_command(finished_run, tmp_path):

@@ -48,11 +48,13 @@ def test_runs_without_validation_metrics_come_last(tmp_path, capsys):
 def test_folders_that_are_not_finished_runs_are_skipped_and_named(tmp_path, capsys):
     run = write_run(tmp_path / "run", 0.5)
     (tmp_path / "other").mkdir()
-    assert report.main([str(tmp_path / "other"), run]) == 0
-    assert f"skipped: {tmp_path / 'other'} is not a finished run" in capsys.readouterr().out
+    assert report.main([str(tmp_path / "other"), str(tmp_path / "missing"), run]) == 0
+    out = capsys.readouterr().out
+    assert f"skipped: {tmp_path / 'other'} holds no run with a finished epoch" in out
+    assert f"skipped: {tmp_path / 'missing'} does not exist" in out
     assert report.main([str(tmp_path / "other")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: none of the folders is a finished run")
+    assert line.startswith("error: none of the folders holds a run with a finished epoch")
 
 
 @pytest.mark.parametrize("name", ["results.json", "args.json"])
@@ -95,10 +97,12 @@ def test_a_folder_that_cannot_be_written_to_is_one_error_line_after_the_comparis
     assert "--gamma 1.0" in captured.out and line == "error: missing/page.html: No such file or directory"
 
 
-def test_the_report_of_one_run_is_the_same_when_it_is_written_again(copied_run, tmp_path, thin_network):
+def test_the_report_of_one_run_is_the_same_when_it_is_written_again(copied_run, tmp_path, thin_network, capsys):
     first = (copied_run / "report.html").read_text()
     (copied_run / "report.html").unlink()
+    capsys.readouterr()
     assert report.main([str(copied_run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report saved to {copied_run / 'report.html'}"
     lines = [first.splitlines(), (copied_run / "report.html").read_text().splitlines()]
     different = [line for pair in zip(*lines, strict=True) if len(set(pair)) > 1 for line in pair]
     assert different == [f"<{tag}>{name}</{tag}>" for tag in ("title", "h1") for name in ("finished", "copied")]
@@ -120,7 +124,8 @@ def test_a_cross_validation_gets_its_report_and_the_doubtful_labels(tmp_path, ca
         write_run_folder(tmp_path / "cv" / f"fold_{fold}", targets, np.eye(3)[targets], fold=fold, folds=2)
     (tmp_path / "cv" / "folds.json").write_text("{}")
     assert report.main([str(tmp_path / "cv")]) == 0
-    assert "(2 runs):" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'cv'} (2 runs):" in out and f"report saved to {tmp_path / 'cv' / 'report.html'}" in out
     assert (tmp_path / "cv" / "label_issues.csv").exists() and (tmp_path / "cv" / "report.html").exists()
     assert not (tmp_path / "comparison.html").exists()
     assert report.main([str(tmp_path / "cv"), *map(str, write_runs(tmp_path))]) == 0

@@ -92,3 +92,10 @@ def test_a_bar_and_its_interval_are_as_long_as_their_values():
     lines = elements(interval_bar(0.25, [0.1, 0.5], width=200), "line")
     assert {float(line.attrib["x1"]) for line in lines} == {20, 100}
     assert float(elements(count_bar(1, 10**6), "rect")[0].attrib["width"]) >= 1  # a class with one image is seen
+
+
+@pytest.mark.parametrize(("epoch", "anchor"), [(0, "start"), (50, "middle"), (99, "end")])
+def test_the_name_of_a_mark_stays_inside_the_axes(epoch, anchor):
+    chart = line_chart("t", [Curve("a", [0, 99], [0, 1])], "epoch", marks=[(epoch, "best epoch")])
+    (mark,) = (text for text in elements(chart, "text") if text.text == "best epoch")
+    assert mark.get("text-anchor") == anchor

@@ -76,3 +76,8 @@ def test_an_unknown_wandb_mode_of_the_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UserError, match="WANDB_MODE: sometimes is not one of online, offline, disabled"):
         build_parser()
+
+
+def test_flags_and_file_names_are_not_broken_at_hyphens_in_the_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "~/.cache/skin-grading]" in build_parser().format_help()

@@ -74,11 +74,11 @@ def test_only_grades_have_neighbors(model):
     images, probabilities, classes = random_images(1), np.array([[0.1, 0.6, 0.3]]), ["0", "1", "3"]
     (explanations,) = explain_predictions([model], images, probabilities, is_ordinal=True)
     assert [captions(explanation, probabilities[0], classes) for explanation in explanations] == [
-        ("1: 60%", "what speaks for it rather than 0"),
-        ("why not 3: 30%", "what speaks for 3"),
+        ("1: 60%", "what supports it rather than 0"),
+        ("why not 3: 30%", "what supports 3"),
     ]
     ((explanation,),) = explain_predictions([model], images, probabilities, is_ordinal=False)
-    assert captions(explanation, probabilities[0], classes) == ("1: 60%", "what speaks for it")
+    assert captions(explanation, probabilities[0], classes) == ("1: 60%", "what supports it")
 
 
 def test_the_map_of_several_models_is_their_mean(model):
