@@ -346,6 +346,8 @@ class Grader:
                 f"prediction sets: classes with fewer than {sets.min_images} validation images ({', '.join(listed)}"
                 f"{more}) have no quantile of their own; the coverage of {self.coverage:.0%} is not guaranteed for them"
             )
+            if len(sets.small) == len(self.classes):
+                print("prediction sets: no class has a guarantee; a lower --coverage needs fewer validation images")
         return sets
 
 

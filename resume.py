@@ -242,7 +242,10 @@ def restore(
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise weights_do_not_fit(args.resume, error) from error
     where = f", after {epoch_state['images']} of its images" if epoch_state else ""
-    print(f"resuming with epoch {checkpoint['epoch'] + 1}{where}")
+    if checkpoint["epoch"] + 1 < args.epochs:
+        print(f"resuming with epoch {checkpoint['epoch'] + 1}{where}")
+    else:
+        print(f"all {args.epochs} epochs are trained: testing the best model; raise --epochs to train longer")
     steps = math.ceil(epoch_state["images"] / (args.batch_size * args.grad_accum)) if epoch_state else 0
     engine.scheduler.last_epoch = steps_before(checkpoint["epoch"] + 1, stages, args.grad_accum) + steps  # in steps
     engine.scheduler.base_lrs = [args.learning_rate] * len(engine.scheduler.base_lrs)
