@@ -144,8 +144,9 @@ def add_heat_maps(
         for photo, seen, explanations in zip(chunk, pixels, found, strict=True):
             for target, _, heat_map in explanations:
                 laid = cv2.resize(overlay(seen, heat_map), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-                name = classes[target]
-                photo.heat_maps.append((name if name == photo.prediction else f"why not {name}", data_uri(laid)))
+                title = classes[target] if classes[target] == photo.prediction else f"why not {classes[target]}"
+                title += "" if heat_map.any() else ": no region"
+                photo.heat_maps.append((title, data_uri(laid)))
         if time.monotonic() - started > HEAT_MAP_SECONDS:
             break
 
