@@ -208,7 +208,7 @@ def explain_photos(
     """`add_heat_maps` where it can be done; a failure costs the heat maps only. -> what the page says of them"""
     photos = [photo for group in groups.values() for photo in group]
     if model is None:
-        return "No heat maps: the model was not at hand."
+        return "No heat maps: the model is not available."
     if args.image_size < SMALLEST_EXPLAINED:
         return f"No heat maps: at {args.image_size} px the network's last features are too coarse to point at a region."
     try:
