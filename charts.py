@@ -171,7 +171,7 @@ def confusion_chart(title: str, matrix: Sequence[Sequence[int]], classes: Sequen
         parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="var(--accent)" '
                      f'fill-opacity="{0.08 + 0.92 * share:.2f}"><title>{escape(about)}</title></rect>')  # fmt: skip
         if with_text:
-            color = "var(--page)" if share > 0.5 else "currentColor"
+            color = "var(--page)" if share > 0.65 else "currentColor"
             parts.append(_text(x + cell / 2, y + cell / 2 - 2, f"{share:.0%}", "middle", color=color))
             parts.append(
                 _text(x + cell / 2, y + cell / 2 + 12, f"{matrix[row, column]}", "middle", color=color, size=11)

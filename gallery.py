@@ -144,8 +144,9 @@ def add_heat_maps(
         for photo, seen, explanations in zip(chunk, pixels, found, strict=True):
             for target, _, heat_map in explanations:
                 laid = cv2.resize(overlay(seen, heat_map), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-                name = classes[target]
-                photo.heat_maps.append((name if name == photo.prediction else f"why not {name}", data_uri(laid)))
+                title = classes[target] if classes[target] == photo.prediction else f"why not {classes[target]}"
+                title += "" if heat_map.any() else ": no region"
+                photo.heat_maps.append((title, data_uri(laid)))
         if time.monotonic() - started > HEAT_MAP_SECONDS:
             break
 
@@ -207,7 +208,7 @@ def explain_photos(
     """`add_heat_maps` where it can be done; a failure costs the heat maps only. -> what the page says of them"""
     photos = [photo for group in groups.values() for photo in group]
     if model is None:
-        return "No heat maps: the model was not at hand."
+        return "No heat maps: the model is not available."
     if args.image_size < SMALLEST_EXPLAINED:
         return f"No heat maps: at {args.image_size} px the network's last features are too coarse to point at a region."
     try:

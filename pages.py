@@ -3,9 +3,9 @@
 import functools
 import json
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from images.folders import ImageIndex
 from images.leakage import DUPLICATES_FILE
 from metrics import ECE_BINS, confusion_metrics, format_with_interval
 from model import Model
-from run.cli import first_line
+from run.cli import attempt
 from run.environment import ENVIRONMENT_FILE
 from run.files import atomic_write, printable, read_json, read_predictions, read_rows, shortened
 from run.saver import BEST
@@ -62,6 +62,7 @@ def _environment():
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         # a text may hold what is not valid UTF-8, and control characters
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
@@ -98,35 +99,30 @@ def write_report(
 ) -> bool:
     """Write `report.html` and `MODEL_CARD.md`, self-contained, from the files of a run. What fails is one printed line.
 
-    splits: {split: N images}, for the augmented images; probabilities: {split: (N, C)}, otherwise read from
-    `test_predictions.csv`; model: the evaluated one, for heat maps. A run without `results.json` gets a report of what
-    there is, and no model card. -> whether `report.html` was written
+    splits: {split: N images}, for the augmented images and, of a run that is not finished, the images per class;
+    probabilities: {split: (N, C)}, otherwise read from `test_predictions.csv`; model: the evaluated one, for heat maps.
+    A run without `results.json` gets a report of what there is, and no model card. -> whether there is a report
     """
     run_dir = Path(run_dir)
-    with _only_informative(REPORT_FILE):
-        values = _run_values(run_dir)
+
+    def write():
+        values = _run_values(run_dir, splits)
         if values["results"]:
-            with _only_informative(CARD_FILE):
-                write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values))
+            attempt(
+                lambda: write_page(run_dir / CARD_FILE, "model_card.md", **values, **_card_values(run_dir, values)),
+                f"{CARD_FILE}: not written",
+            )
         sections = _sections(run_dir, values, splits, probabilities, model)
         write_page(run_dir / REPORT_FILE, "report.html", **values, **sections)
         return True
-    return False
+
+    return bool(attempt(write, f"{REPORT_FILE}: not written"))
 
 
-@contextmanager
-def _only_informative(name):
-    """Print a line about a file that could not be made, and continue."""
-    try:
-        yield
-    except Exception as error:
-        print(f"warning: {name}: not written ({first_line(error) or type(error).__name__})")
-
-
-def _run_values(run_dir):
+def _run_values(run_dir, splits):
     """What both pages say of a run: what was run, on which data, with which results."""
     stored, results = read_json(run_dir / "args.json"), _read(run_dir / "results.json")
-    environment = dict.fromkeys(ENVIRONMENT_KEYS) | (_read(run_dir / ENVIRONMENT_FILE) or {})
+    environment = dict.fromkeys(ENVIRONMENT_KEYS) | (_read_optional(run_dir / ENVIRONMENT_FILE) or {})
     flags = {name: value for name, value in stored.items() if value is not None}
     defaults = vars(build_parser().parse_args([]))
     args = defaults | stored  # an older run lacks newer flags
@@ -139,9 +135,9 @@ def _run_values(run_dir):
         "environment": environment,
         "versions": (versions := [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]),
         "machine": _machine(environment, versions),
-        "flags": [[f"--{name}", _text_of(value)] for name, value in flags.items()],
+        "flags": [[f"--{name}", text_of(value)] for name, value in flags.items()],
         "changed_flags": [
-            [f"--{name}", _text_of(value), "not set" if defaults.get(name) is None else _text_of(defaults[name])]
+            [f"--{name}", text_of(value), "not set" if defaults.get(name) is None else text_of(defaults[name])]
             for name, value in flags.items() if value != defaults.get(name)
         ],
         "history": history,
@@ -151,6 +147,9 @@ def _run_values(run_dir):
     if results:
         adjusted = results.get("posthoc", {}).get("test")
         values |= {"trivial": trivial_metrics(results), "data": _data_table(results), "adjusted": adjusted}
+    else:
+        best_row = max(history, key=lambda row: float(row[args["best_metric"]]), default=None)
+        values |= {"best_row": best_row, "data": _data_table_so_far(run_dir, splits)}
     return values
 
 
@@ -167,7 +166,13 @@ def _read(path):
     return read_json(path) if path.exists() else None
 
 
-def _text_of(value):
+def _read_optional(path):
+    """What a part of the page is made of: if it is damaged, the rest is made without it."""
+    return attempt(lambda: _read(path), f"{path.name} is missing in the report")
+
+
+def text_of(value: Any) -> str:
+    """The value of a flag, as in `args.json`."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)
@@ -196,12 +201,24 @@ def _data_table(results):
     return {"heads": ["class", "train", *evaluated], "rows": [*rows, ["all", *map(sum, columns)]]}
 
 
+def _data_table_so_far(run_dir, splits):
+    """`_data_table` of a run without results; without `splits` only its last row. None if there is no splits.json."""
+    paths = _read_optional(run_dir / "splits.json")
+    if not paths:
+        return None
+    rows = []
+    if splits:
+        names = [shortened(name, LONGEST_NAME) for name in splits["train"].classes]
+        rows = [list(row) for row in zip(names, *(splits[split].counts() for split in SPLITS), strict=True)]
+    return {"heads": ["class", *SPLITS], "rows": [*rows, ["all", *(len(paths[split]) for split in SPLITS)]]}
+
+
 def _card_values(run_dir, values):
     """What only the model card has."""
     args, results = values["args"], values["results"]
     per_class = results["test"]["per_class"]
     return {
-        "checkpoint": args["resume"] if args.get("eval_only") else str(run_dir / BEST),
+        "checkpoint": shlex.quote(str(args["resume"] if args.get("eval_only") else run_dir / BEST)),
         "evaluations": _evaluations(results) | {f"always {values['trivial']['class']}": values["trivial"]},
         "metric_columns": {name: SUMMARY_COLUMNS[name] for name in SUMMARY_COLUMNS if name in results["test"]},
         "few_training": [
@@ -215,8 +232,12 @@ def _sections(run_dir, values, splits, probabilities, model):
     """What only the report has: charts and photographs."""
     args, results, history = values["args"], values["results"], values["history"]
     settings = Namespace(**args)
-    sections = {"curves": curve_charts(history, results, stage_changes(args)), "duplicates": None, "sheet": []}
-    if found := _read(run_dir / DUPLICATES_FILE):
+    curves = []
+    if history:
+        best_epoch = results["best_epoch"] if results else int(values["best_row"]["epoch"])
+        curves = curve_charts(history, best_epoch, stage_changes(args))
+    sections = {"curves": curves, "duplicates": None, "sheet": []}
+    if found := _read_optional(run_dir / DUPLICATES_FILE):
         sections["duplicates"] = found | {"shown": duplicate_pairs(found, args["resize"])}
     if splits and "train" in splits:
         flags = {"use_augmentation": args["use_augmentation"], "sampling": args["sampling"]}
@@ -225,17 +246,24 @@ def _sections(run_dir, values, splits, probabilities, model):
     if not results:
         return sections
     classes, counts = results["classes"], results["samples_per_cls"]
-    if splits and probabilities:
-        paths, targets, probabilities = splits["test"].paths, splits["test"].targets, probabilities["test"]
-    else:
-        paths, targets, probabilities = read_predictions(run_dir / "test_predictions.csv", classes)
-    photos = photographs(paths, targets, probabilities, classes, counts, args["resize"])
-    note = explain_photos(photos, model, probabilities, classes, settings)
-    return sections | {
+    sections |= {
         "summary": _summary_table(results, values["trivial"]),
         "per_class": _class_table(results),
         "matrix": confusion_chart("confusion matrix of the test", results["test"]["confusion_matrix"], classes),
         "confusions": most_confused(results["test"]["confusion_matrix"], classes),
+        "photos": None,
+    }
+    if splits and probabilities:
+        predictions = splits["test"].paths, splits["test"].targets, probabilities["test"]
+    else:
+        path = run_dir / "test_predictions.csv"
+        predictions = attempt(lambda: read_predictions(path, classes), "the report has no photographs and calibration")
+    if predictions is None:
+        return sections
+    paths, targets, probabilities = predictions
+    photos = photographs(paths, targets, probabilities, classes, counts, args["resize"])
+    note = explain_photos(photos, model, probabilities, classes, settings)
+    return sections | {
         "reliability": reliability_chart("reliability diagram", reliability_bins(targets, probabilities)),
         "precision_recall": precision_recall_charts(targets, probabilities, results),
         "grades": _grades(targets, probabilities, classes) if values["ordinal"] else None,
@@ -300,13 +328,9 @@ def stage_changes(args: Mapping[str, Any]) -> list[int]:
     return [start for start in starts if start]
 
 
-def curve_charts(history: Sequence[Mapping], results: Mapping | None, changes: Sequence[int] = ()) -> list[Markup]:
-    """Losses and metrics over the epochs. history: rows of `history.csv`; results: as in `results.json`, or None."""
-    if not history:
-        return []
-    marks = [(epoch - 0.5, "") for epoch in changes]
-    if results:
-        marks.append((results["best_epoch"], f"best epoch {results['best_epoch']}"))
+def curve_charts(history: Sequence[Mapping], best_epoch: int, changes: Sequence[int] = ()) -> list[Markup]:
+    """Losses and metrics over the epochs. history: at least one row of `history.csv`; changes: of `stage_changes`."""
+    marks = [*((epoch - 0.5, "") for epoch in changes), (best_epoch, f"best epoch {best_epoch}")]
     epochs = [int(row["epoch"]) for row in history]
 
     def curves(columns):

@@ -148,6 +148,16 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def attempt(action: Callable[[], Any], failure: str) -> Any:
+    """Do what is only informative. -> what `action()` returns; if it raises, None, after a line that starts with
+    `failure`."""
+    try:
+        return action()
+    except Exception as error:
+        print(f"warning: {failure} ({first_line(error) or type(error).__name__})")
+        return None
+
+
 # --------------------------------------------------------------------------------------------------------- parsing
 
 

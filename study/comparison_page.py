@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from charts import Curve, line_chart
 from metrics import format_with_interval
-from pages import write_page
+from pages import text_of, write_page
 from run.cli import UserError
 from run.files import shortened
 from study.run_comparison import PairedComparison, compare_groups
@@ -114,7 +114,7 @@ def _group_table(groups):
 
 
 def _title(number, group):
-    flags = [f"--{name} {_text_of(value)}" for name, value in group.flags.items() if value is not None]
+    flags = [f"--{name} {text_of(value)}" for name, value in group.flags.items() if value is not None]
     return f"{number}: {' '.join(flags) or group.title}"
 
 
@@ -163,14 +163,11 @@ def _flag_table(groups):
     if not names:
         return None
     shown = groups[:MAX_ROWS]
-    rows = [[number, *(_text_of(group.flags[name]) for name in names)] for number, group in enumerate(shown, start=1)]
+    rows = [
+        [number, *("-" if (value := group.flags[name]) is None else text_of(value) for name in names)]
+        for number, group in enumerate(shown, start=1)
+    ]
     return {"heads": ["", *(f"--{name}" for name in names)], "rows": rows, "left_out": len(groups) - len(shown)}
-
-
-def _text_of(value):
-    if value is None:
-        return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _difference_table(groups: Sequence[RunGroup], paired: PairedComparison):

@@ -1,7 +1,6 @@
 """`label_issues.csv` and `report.html` of a cross-validation."""
 
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from gallery import data_uris
 from images.decode import limit_image_size
 from metrics import format_with_interval
 from pages import REPORT_FILE, write_page
-from run.cli import first_line
+from run.cli import attempt
 from run.files import read_json
 from run.folder import FOLDS_RESULTS
 from study.comparison_page import NAMES, overlaid_curves, run_table
@@ -25,24 +24,14 @@ NUM_THUMBNAILS = 60
 
 def write_cross_validation(folder: Path) -> None:
     """Write `label_issues.csv` and `report.html` from the files of the finished folds. A failure is a line."""
-    records = _attempt(LABEL_ISSUES_FILE, lambda: [r for path in fold_folders(folder) if (r := read_record(path))])
+    no_issues, no_page = (f"{name}: not written" for name in (LABEL_ISSUES_FILE, REPORT_FILE))
+    records = attempt(lambda: [r for path in fold_folders(folder) if (r := read_record(path))], no_issues)
     finished = [record for record in records or [] if record.results]
     if not finished:
         return
-    images = _attempt(LABEL_ISSUES_FILE, lambda: read_folds([record.folder for record in finished]))
-    doubtful = (
-        _attempt(LABEL_ISSUES_FILE, lambda: _write_issues(folder / LABEL_ISSUES_FILE, images)) if images else None
-    )
-    _attempt(REPORT_FILE, lambda: _write_page(folder, records, finished, images, doubtful))
-
-
-def _attempt(name: str, write: Callable):
-    """-> what `write()` returns; after a failure None: the pages are only informative."""
-    try:
-        return write()
-    except Exception as error:
-        print(f"warning: {name}: not written ({first_line(error) or type(error).__name__})")
-        return None
+    images = attempt(lambda: read_folds([record.folder for record in finished]), no_issues)
+    doubtful = attempt(lambda: _write_issues(folder / LABEL_ISSUES_FILE, images), no_issues) if images else None
+    attempt(lambda: _write_page(folder, records, finished, images, doubtful), no_page)
 
 
 def _write_issues(path, images):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from run.files import atomic_write
+from run.files import atomic_write, decimal
 from study.out_of_fold import OutOfFold
 
 LABEL_ISSUES_FILE = "label_issues.csv"
@@ -42,5 +42,5 @@ def write_label_issues(path: str | Path, images: OutOfFold, doubtful: Sequence[i
             label, probabilities = images.targets[i], images.probabilities[i]
             prediction = probabilities.argmax()
             names = images.classes[label], images.classes[prediction]
-            values = f"{probabilities[label]:.7g}", f"{probabilities[prediction]:.7g}"
+            values = decimal(probabilities[label]), decimal(probabilities[prediction])
             writer.writerow([images.paths[i], names[0], values[0], names[1], values[1], rank])

@@ -1,15 +1,16 @@
 """`report.html` of one run, written again from its folder."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-from flags import data_folders
+from flags import SPLITS, data_folders
 from images.decode import limit_image_size
-from images.folders import index_folders
+from images.folders import ImageIndex, index_folders
 from inference import load
+from model import load_checkpoint
 from pages import REPORT_FILE, write_report
-from run.cli import UserError, first_line
-from run.saver import BEST
+from run.cli import UserError, attempt
+from run.saver import BEST, LAST
 from study.run_records import RunRecord
 
 
@@ -18,20 +19,16 @@ def rewrite_report(run: RunRecord) -> None:
     training images can still be read. A run that is not finished gets a report of the epochs so far."""
     limit_image_size(run.max_megapixels())
     splits = model = None
-    if run.results and (loaded := _attempt("heat maps", lambda: load(_checkpoint_path(run)).models[0])):
-        model = loaded.model
-        splits = _attempt("augmented images", lambda: {"train": _training_images(loaded.checkpoint)})
+    if run.results:
+        if loaded := attempt(lambda: load(_checkpoint_path(run)).models[0], "the report has no heat maps"):
+            model = loaded.model
+            splits = attempt(lambda: _find_images(loaded.checkpoint, ["train"]), "the report has no augmented images")
+    elif (run.folder / LAST).exists():
+        splits = attempt(
+            lambda: _find_images(load_checkpoint(run.folder / LAST), SPLITS), "the report has no images per class"
+        )
     if write_report(run.folder, splits, None, model):
         print(f"report saved to {run.folder / REPORT_FILE}")
-
-
-def _attempt(what: str, read: Callable):
-    """-> what `read()` returns; after a failure None: it is only a part of the report."""
-    try:
-        return read()
-    except Exception as error:
-        print(f"warning: the report has no {what} ({first_line(error) or type(error).__name__})")
-        return None
 
 
 def _checkpoint_path(run):
@@ -40,10 +37,11 @@ def _checkpoint_path(run):
     return Path(run.args["resume"]) if run.args.get("eval_only") and not path.exists() else path
 
 
-def _training_images(checkpoint):
-    """The training split in its order, without the cache. Raises UserError if an image is not where it was."""
+def _find_images(checkpoint: dict, names: Sequence[str]) -> dict[str, ImageIndex]:
+    """The splits in their order, without the cache. Raises UserError if an image is not where it was."""
     index = index_folders(data_folders(checkpoint["args"]), checkpoint["classes"], "--data_dirs", allow_missing=True)
     position = {path: i for i, path in enumerate(index.paths)}
-    if gone := [path for path in checkpoint["splits"]["train"] if path not in position]:
+    paths_of = {split: checkpoint["splits"][split] for split in names}
+    if gone := [path for paths in paths_of.values() for path in paths if path not in position]:
         raise UserError(f"{gone[0]} does not exist" + (f", nor do {len(gone) - 1} others" if gone[1:] else ""))
-    return index.subset([position[path] for path in checkpoint["splits"]["train"]])
+    return {split: index.subset([position[path] for path in paths]) for split, paths in paths_of.items()}

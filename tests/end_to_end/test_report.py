@@ -116,6 +116,15 @@ def test_a_run_that_was_interrupted_gets_a_report_of_what_there_is(copied_run, c
     assert "not finished: " in (out := capsys.readouterr().out) and "2 of 2 epochs" in out and "warning" not in out
     page = (copied_run / "report.html").read_text()
     assert "not finished" in page and "<svg" in page
+    assert '<tr class="main"><td>all</td><td>21</td><td>7</td><td>7</td></tr>' in page
+
+
+def test_an_interrupted_run_with_its_checkpoint_has_its_images_per_class_and_augmented_images(copied_run, capsys):
+    (copied_run / "results.json").unlink()
+    assert report.main([str(copied_run)]) == 0
+    assert f"report saved to {copied_run / 'report.html'}" in (out := capsys.readouterr().out) and "warning" not in out
+    page = (copied_run / "report.html").read_text()
+    assert "<td>0</td><td>12</td><td>4</td><td>4</td>" in page and "<h2>Augmented images</h2>" in page
 
 
 def test_a_cross_validation_gets_its_report_and_the_doubtful_labels(tmp_path, capsys):

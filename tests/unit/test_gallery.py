@@ -113,8 +113,17 @@ def test_grades_get_a_second_map_that_says_why_not_the_neighbor(tmp_path, thin_n
     groups = photographs(paths, np.array([0, 2]), probabilities, ["0", "1", "2"], [1, 1, 1], "stretch")
     args = Namespace(**vars(flags_at(64)) | {"ordinal": True})
     note = gallery.explain_photos(groups, Model(3), probabilities, ["0", "1", "2"], args)
-    titles = {photo.label: [title for title, _ in photo.heat_maps] for group in groups.values() for photo in group}
+    photos = [photo for group in groups.values() for photo in group]
+    titles = {photo.label: [title.partition(":")[0] for title, _ in photo.heat_maps] for photo in photos}
     assert titles == {"0": ["0", "why not 1"], "2": ["2", "why not 1"]} and "neighboring grade" in note
+
+
+def test_a_class_that_no_region_speaks_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, "grad_cam", lambda model, images, *_: np.zeros((len(images), 64, 64), np.float32))
+    paths, probabilities = [str(path) for path in write_images(tmp_path, 1)], np.array([[0.6, 0.4]])
+    groups = photographs(paths, np.array([0]), probabilities, ["a", "b"], [1, 1], "stretch")
+    gallery.explain_photos(groups, SmallModel(), probabilities, ["a", "b"], flags_at(64))
+    assert [title for title, _ in groups["a"][0].heat_maps] == ["a: no region"]
 
 
 def flags_at(image_size):

@@ -130,10 +130,12 @@ def test_a_run_of_a_version_with_fewer_flags_has_a_report(tmp_path, capsys):
 
 def test_a_run_that_is_not_finished_has_a_report_of_what_there_is(tmp_path):
     write_json(tmp_path / "args.json", ARGS)
-    write_history(tmp_path / "history.csv", [EPOCH | {"epoch": 0}])
+    rows = [EPOCH | {"epoch": epoch, "val_balanced_acc": value} for epoch, value in enumerate((0.4, 0.725, 0.5))]
+    write_history(tmp_path / "history.csv", rows)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "not finished" in page and "<polyline" in page and "--beta" in page
+    assert "best epoch so far (1)" in page and '<div class="value">0.725</div>' in page and "best epoch 1<" in page
     assert not (tmp_path / "MODEL_CARD.md").exists()
 
 
@@ -153,6 +155,18 @@ def test_damaged_files_cost_the_page_and_nothing_else(tmp_path, capsys, damage):
     write_report(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert 1 <= len(lines) <= 2 and all(line.startswith("warning: ") for line in lines)
+
+
+@pytest.mark.parametrize("damage", ["near_duplicates.json", "environment.json", "test_predictions.csv"])
+def test_damaged_files_of_a_section_cost_that_section(tmp_path, capsys, damage):
+    page_of(tmp_path)
+    (tmp_path / "report.html").unlink()
+    (tmp_path / damage).write_text('xx,{"', encoding="utf-8")
+    assert write_report(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert line.startswith("warning: ") and damage in line and "Confusion matrix" in page
+    assert ("Photographs of the test" in page) == (damage != "test_predictions.csv")
 
 
 def test_a_full_disk_is_a_line_per_file(tmp_path, capsys, monkeypatch):
@@ -223,7 +237,7 @@ def test_changes_of_the_stage_are_marked_where_the_stages_start(flags):
 
 def test_curves_are_drawn_for_each_epoch_with_the_best_one_marked():
     history = [EPOCH | {"epoch": epoch} for epoch in range(3)]
-    loss, metrics, rate = pages.curve_charts(history, {"best_epoch": 1}, [2])
+    loss, metrics, rate = pages.curve_charts(history, 1, [2])
     assert "best epoch 1" in loss and "balanced accuracy" in metrics and "learning rate" in rate
     assert loss.count("<polyline") == 2 and metrics.count("<polyline") == 4
     assert type(loss) is type(line_chart("t", [], "epoch"))
@@ -252,4 +266,8 @@ def test_the_model_card_has_the_headings_and_the_numbers_of_the_run(tmp_path):
 
 def test_the_model_card_of_an_evaluation_names_the_checkpoint_that_was_evaluated(tmp_path):
     page_of(tmp_path, args={"eval_only": True, "resume": "/runs/x/best_model.pth"})
-    assert "python predict.py /runs/x/best_model.pth" in card_of(tmp_path)
+    card = card_of(tmp_path)
+    assert "python predict.py /runs/x/best_model.pth" in card and "in `/runs/x/best_model.pth`" in card
+    (tmp_path / "내 <run>").mkdir()
+    page_of(tmp_path / "내 <run>")
+    assert f"predict.py '{tmp_path}/내 <run>/best_model.pth' --images" in card_of(tmp_path / "내 <run>")
