@@ -60,11 +60,13 @@ def run(argv: list[str]) -> int:
             with signals.deferred():  # torch aborts the process if a signal raises while it is imported
                 import inference
                 import portable  # noqa: F401
+                from run.files import refuse_input
             checkpoints = inference.find_checkpoints(args.model)
             if len(checkpoints) > 1:
                 raise UserError(
                     f"MODEL: {args.model} holds {len(checkpoints)} models; export one of them, such as {checkpoints[0]}"
                 )
+            refuse_input(output, [*checkpoints, *photographs], "OUTPUT")
             grader = inference.load(checkpoints, "cpu", adjusted=args.adjusted)
             model = export_model(grader, output)
             is_written = True

@@ -17,7 +17,7 @@ import torch
 from markupsafe import Markup
 
 from dataset_double import AugmentedSkinDataset
-from explain import explain_predictions, overlay
+from explain import STRIDE, explain_predictions, overlay
 from flags import is_ordinal
 from images.decode import read_image
 from model import Model
@@ -217,9 +217,10 @@ def explain_photos(
         reason = first_line(error) or type(error).__name__
         print(f"warning: heat maps are missing in the report ({reason})")
         return f"Heat maps failed: {reason}."
-    number = sum(bool(photo.heat_maps) for photo in photos)
+    number, cells = sum(bool(photo.heat_maps) for photo in photos), -(-args.image_size // STRIDE)
     neighbor = ", and for the neighboring grade that is more probable" if is_ordinal(args) else ""
     return (
         f"Beside a photograph: its heat map (Grad-CAM), the regions that support the predicted class{neighbor}. "
-        f"{number} of {len(photos)} photographs have one. A map shows where the network looked, not that it is right."
+        f"{number} of {len(photos)} photographs have one. A map shows where the network looked, not that it is right, "
+        f"and no finer than {cells} x {cells} cells at {args.image_size} px."
     )

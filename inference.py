@@ -71,8 +71,10 @@ def find_checkpoints(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def _checkpoints_of(path):
     if not path.exists():
         raise UserError(f"{FLAG}: {path} does not exist")
-    if not path.is_dir():
+    if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise UserError(f"{FLAG}: {path} is not a regular file")  # opening a named pipe would wait forever
     if (path / BEST).exists():
         return [path / BEST]
     folds = sorted(path.glob(f"fold_*/{BEST}"), key=lambda file: natural_key(file.parent.name))
@@ -81,7 +83,10 @@ def _checkpoints_of(path):
             f"{FLAG}: {path} holds no {BEST}; pass a run folder, a checkpoint, or the folder of a cross-validation"
         )
     if (path / FOLDS_FILE).exists():
-        num_folds = read_json(path / FOLDS_FILE)["flags"]["folds"]
+        try:
+            num_folds = int(read_json(path / FOLDS_FILE)["flags"]["folds"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path / FOLDS_FILE} is damaged; restore it or delete it") from error
         if len(folds) < num_folds:
             print(f"{path}: only {len(folds)} of the {num_folds} folds have a {BEST}; the others are left out")
     return folds
@@ -135,6 +140,8 @@ def _load_model(path, device):
         engine.model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
         raise weights_do_not_fit(path, error, FLAG) from error
+    if not all(tensor.isfinite().all() for tensor in engine.model.state_dict().values()):
+        raise UserError(f"{FLAG}: {path} has weights that are not finite: its training has diverged")
     engine.model.eval()
     kept = {key: value for key, value in checkpoint.items() if key not in NOT_KEPT}
     return LoadedModel(engine, kept, args, path)
@@ -221,7 +228,7 @@ class Grader:
         for images, positions in DeviceBatches(decoded, self.device):
             positions = positions.tolist()
             # those that cannot be read come before the next photograph that can
-            end = positions[-1] + 1 if positions else start
+            end = positions[-1] + 1 if positions else decoded.first_without_reason(start)
             predicted = dict(zip(positions, self._predict(images, sets), strict=True)) if positions else {}
             yield Batch(_in_order(paths, start, end, predicted, decoded), images)
             start = end
@@ -294,7 +301,7 @@ class Grader:
             squares = [to_square(Image.fromarray(array), side, self.resize) for array in group]
             images = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
             kept.append(self._probabilities(images.to(self.device), precise)[1].mean(axis=0))
-        return np.concatenate(kept)
+        return np.concatenate(kept) if kept else np.empty((0, len(self.classes)), np.float32)
 
     @cached_property
     def grades(self) -> np.ndarray:
@@ -344,7 +351,8 @@ class Grader:
             more = f", and {len(sets.small) - MAX_LISTED} more" if len(sets.small) > MAX_LISTED else ""
             print(
                 f"prediction sets: classes with fewer than {sets.min_images} validation images ({', '.join(listed)}"
-                f"{more}) have no quantile of their own; the coverage of {self.coverage:.0%} is not guaranteed for them"
+                f"{more}) have no quantile of their own; the coverage of {100 * self.coverage:.9g}% is not guaranteed "
+                "for them"
             )
             if len(sets.small) == len(self.classes):
                 print("prediction sets: no class has a guarantee; a lower --coverage needs fewer validation images")
@@ -374,11 +382,16 @@ def _val_outputs(loaded):
     the file beside it. Raises UserError if there are none."""
     checkpoint, num_images = loaded.checkpoint, len(loaded.checkpoint["splits"]["val"])
     num_classes = len(checkpoint["classes"])
-    if outputs := checkpoint["val_outputs"]:
-        targets, probabilities = outputs["targets"].numpy(), outputs["probabilities"].numpy()
-    else:
-        targets, probabilities = _read_val_outputs(loaded)
-    if targets.shape != (num_images,) or probabilities.shape != (num_images, num_classes):
+    try:
+        if outputs := checkpoint["val_outputs"]:
+            targets, probabilities = outputs["targets"].numpy(), outputs["probabilities"].numpy()
+        else:
+            targets, probabilities = _read_val_outputs(loaded)
+        is_whole = targets.shape == (num_images,) and probabilities.shape == (num_images, num_classes)
+        is_whole = is_whole and set(targets.tolist()) <= set(range(num_classes)) and np.isfinite(probabilities).all()
+    except (KeyError, AttributeError):
+        is_whole = False
+    if not is_whole:
         raise UserError(f"the outputs for the validation images in {loaded.path} are damaged")
     return targets, probabilities
 

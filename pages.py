@@ -43,7 +43,7 @@ NUM_CONFUSIONS = 5
 LONGEST_NAME = 60  # letters of a class in a table
 FEW_TRAINING, FEW_TEST = 20, 10  # images of a class: the model card names classes with fewer
 ENVIRONMENT_KEYS = ("command", "commit", "device", "cpu", "cores", "hours_trained")
-VERSIONS = ("python", "torch", "torchvision", "numpy", "cuda")
+VERSIONS = ("python", "torch", "torchvision", "numpy")
 
 
 # --------------------------------------------------------------------------------------------------------- templates
@@ -157,9 +157,13 @@ def _machine(environment, versions):
     """One line: device, hours, versions, commit"""
     device, hours, commit = (environment[key] for key in ("device", "hours_trained", "commit"))
     pieces = [f"{environment['cpu']}, {environment['cores']} cores" if device == "cpu" else device]
-    pieces += [f"{hours:.2f} hours of training" if hours is not None else "", *versions]
+    pieces += [_duration(hours) + " of training" if hours is not None else "", *versions]
     pieces.append(f"commit {commit[:12]}{'-dirty' * commit.endswith('-dirty')}" if commit else "")
     return ", ".join(piece for piece in pieces if piece)
+
+
+def _duration(hours):
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def _read(path):
@@ -218,7 +222,9 @@ def _card_values(run_dir, values):
     args, results = values["args"], values["results"]
     per_class = results["test"]["per_class"]
     return {
-        "checkpoint": shlex.quote(str(args["resume"] if args.get("eval_only") else run_dir / BEST)),
+        # without the folders above it, which are nobody's business where the card is published
+        "checkpoint": shlex.quote(str(args["resume"]) if args.get("eval_only") else f"{run_dir.resolve().name}/{BEST}"),
+        "trained_for": _duration(hours) if (hours := values["environment"]["hours_trained"]) is not None else None,
         "evaluations": _evaluations(results) | {f"always {values['trivial']['class']}": values["trivial"]},
         "metric_columns": {name: SUMMARY_COLUMNS[name] for name in SUMMARY_COLUMNS if name in results["test"]},
         "few_training": [

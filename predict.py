@@ -82,6 +82,7 @@ def run(argv: list[str]) -> int:
 
             from inference import find_checkpoints, load
             from run.cores import num_cores
+            from run.files import refuse_input
             from run.machine import keep_freed_memory
         if __name__ == "__main__":
             keep_freed_memory()
@@ -89,6 +90,7 @@ def run(argv: list[str]) -> int:
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
         torch.backends.cudnn.deterministic = True
         checkpoints = find_checkpoints(args.models)
+        refuse_input(args.output, [*checkpoints, *paths], "--output")
         grader = load(checkpoints, args.device, tta=args.tta, coverage=args.coverage, adjusted=args.adjusted)
         return predict(grader, paths, args, signals)
 
@@ -99,6 +101,8 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; name a file")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output: {output} is not a regular file")  # such as /dev/null, which would be replaced
     if not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist; create it")
     for path, kind in ((output, "already exists"), (part_of(output), "has the rows of an interrupted prediction")):
@@ -149,12 +153,12 @@ def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals)
                         heat_maps.add(batch.images, batch.predictions)
                     bar.update(len(batch.predictions))
                     signals.raise_if_stopped()
+                rows.finish()
         except Stopped as stop:
             print(f"stopped{rows.kept}", file=sys.stderr)
             return stop.status
         except UserError as error:
             raise UserError(f"{error}{rows.kept}") from error
-        rows.finish()
     status = summary.print(args.output)
     return max(status, heat_maps.print()) if heat_maps else status
 
@@ -186,13 +190,13 @@ class Summary:
             more = f", and {len(self.counts) - MAX_LISTED} more classes" if len(self.counts) > MAX_LISTED else ""
             sure = f"; uncertain: {self.uncertain}" if self.sets else ""
             print(f"{self.counts.total()} photographs predicted ({listed}{more}){sure}")
-        print(f"predictions saved to {output}")
+        print(f"predictions saved to {printable(output)}")
         if not self.unreadable:
             return 0
         first = self.first_unreadable
         print(
             f"{self.unreadable} of {self.unreadable + self.counts.total()} photographs cannot be read; the first is "
-            f"{first.path}: {first.error} (all reasons are in the column error)",
+            f"{printable(first.path)}: {first.error} (all reasons are in the column error)",
             file=sys.stderr,
         )
         return 1

@@ -34,6 +34,14 @@ class DecodedBatches:
             taken[position] = reason
         return taken
 
+    def first_without_reason(self, start: int) -> int:
+        """-> the first position from `start` on whose reason is not known: it can be read, or was not decoded yet."""
+        for position, _ in self._reasons:
+            if position != start:
+                break
+            start += 1
+        return start
+
     def __len__(self) -> int:
         return -(-len(self.paths) // self.batch_size)
 

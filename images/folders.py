@@ -149,7 +149,7 @@ def index_folders(
             if images or not is_written:  # otherwise it is a folder of runs, not of a class
                 found.setdefault(name, []).extend(images)
                 skipped.update(others)
-    print_left_out(passed_over, skipped, unread, flag)
+    print_left_out(passed_over, skipped, flag, unread)
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
     if classes is None:
@@ -160,7 +160,7 @@ def index_folders(
     return ImageIndex(paths, targets, names)
 
 
-def print_left_out(passed_over: Counter, skipped: Counter, unread: Counter, flag: str) -> None:
+def print_left_out(passed_over: Counter, skipped: Counter, flag: str, unread: Counter | None = None) -> None:
     """Print what of the folders of `flag` is not used.
 
     passed_over: {kind: how many}; skipped: {extension: files}; unread: {place: photographs that need pillow-heif}.
@@ -169,7 +169,7 @@ def print_left_out(passed_over: Counter, skipped: Counter, unread: Counter, flag
     if skipped:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in skipped.most_common(5))
         print(f"{flag}: skipped {sum(skipped.values())} files with a non-image extension ({kinds})")
-    unread = +unread  # without zeros
+    unread = +(unread or Counter())  # without zeros
     if unread:
         counts = [f"{name}: {unread[name]}" for name in sorted(unread, key=natural_key)]
         if len(counts) > MAX_LISTED:
@@ -227,14 +227,18 @@ def _shell_word(path):
     return f"$'{''.join(escapes.get(letter, letter) for letter in path)}'"
 
 
-def images_below(folder: str | Path, flag: str, passed_over: Counter) -> tuple[list[str], Counter, bool]:
+def images_below(
+    folder: str | Path, flag: str, passed_over: Counter, extensions: Sequence[str] | None = None
+) -> tuple[list[str], Counter, bool]:
     """-> (paths of the images below a folder in a fixed order, {extension: how many other files}, whether runs write
     there).
 
-    What is passed over is added to `passed_over`. Raises UserError, naming `flag`, for what cannot be read.
+    extensions: of images, in lower case; by default of those that can be read. What is passed over is added to
+    `passed_over`. Raises UserError, naming `flag`, for what cannot be read.
     """
-    files, is_written = _files_below(folder, flag, passed_over)
-    images, others, extensions = [], Counter(), image_extensions()
+    extensions = image_extensions() if extensions is None else extensions
+    files, is_written = _files_below(folder, flag, passed_over, extensions)
+    images, others = [], Counter()
     for path in files:
         extension = os.path.splitext(path)[1].lower()
         if extension in extensions:
@@ -244,7 +248,7 @@ def images_below(folder: str | Path, flag: str, passed_over: Counter) -> tuple[l
     return images, others, is_written
 
 
-def _files_below(folder, flag, passed_over):
+def _files_below(folder, flag, passed_over, extensions):
     """-> (all files below `folder` in a fixed order, whether runs write to a folder in it, which is passed over).
 
     Links are followed, and each folder is visited once, as a link may lead back to a parent.
@@ -263,7 +267,7 @@ def _files_below(folder, flag, passed_over):
             continue
         passed_over.update(entries.passed_over)
         # a photograph that cannot be reached is listed with the broken ones; anything else may be a folder of them
-        photographs = [name for name in entries.dead_links if os.path.splitext(name)[1].lower() in image_extensions()]
+        photographs = [name for name in entries.dead_links if os.path.splitext(name)[1].lower() in extensions]
         refuse_dead_links(place, sorted(set(entries.dead_links) - set(photographs)), flag)
         files += [f"{place}{os.sep}{name}" for name in sorted(entries.files + photographs)]
         waiting += [f"{place}{os.sep}{name}" for name in reversed(entries.folders)]

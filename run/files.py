@@ -70,6 +70,21 @@ def _sync_folder(folder):
             os.close(descriptor)
 
 
+class _Lines:
+    """Where a csv.writer writes whose rows end in "\r\n", so that it quotes either of them; they become "\n"."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, line):
+        self.file.write(f"{line[:-2]}\n")
+
+
+def csv_writer(file: IO) -> Any:
+    """-> a csv.writer whose rows end in "\n", and that quotes any text which readers would take for several rows."""
+    return csv.writer(_Lines(file), lineterminator="\r\n")
+
+
 def valid_text(text: str) -> str:
     """-> `text` with escapes for what is not valid UTF-8, as in the name of a file from another system."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -133,6 +148,17 @@ def read_yaml(path: str | Path, flag: str | None = None) -> Any:
     return content
 
 
+def refuse_input(output: str | Path, inputs: Iterable[str | Path], flag: str) -> None:
+    """Raise UserError, naming `flag`, if one of the inputs is the file that `output` would replace."""
+    if not os.path.exists(output):
+        return
+    replaced = os.stat(output)
+    for path in inputs:
+        with suppress(OSError):  # one that cannot be reached
+            if os.path.samestat(os.stat(path), replaced):
+                raise UserError(f"{flag}: {output} is an input of this command; name another file")
+
+
 def part_of(path: str | Path) -> Path:
     """-> where the rows of an unfinished `RowFile` are."""
     return Path(f"{path}.part")
@@ -148,11 +174,12 @@ class RowFile:
         """flag: the flag that names the file, for error messages. Replaces the file of `part_of`."""
         self.path, self.part, self.columns, self.flag = Path(path), part_of(path), columns, flag
         self.rows, self._size = 0, 0  # that are written; in bytes
+        self._is_complete = False
 
     def __enter__(self) -> "RowFile":
         with self._naming_errors():
             self._file = open(self.part, "w", encoding="utf-8", errors="backslashreplace", newline="")
-            self._writer = csv.writer(self._file, lineterminator="\n")
+            self._writer = csv_writer(self._file)
             self._write([self.columns])
         return self
 
@@ -174,11 +201,14 @@ class RowFile:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.part, self.path)
+            self._is_complete = True
             _sync_folder(self.path.parent)
 
     @property
     def kept(self) -> str:
         """-> for a message: where the rows so far are."""
+        if self._is_complete:
+            return f"; {self.path} is complete"
         return f"; the {self.rows} rows so far are in {self.part}" if self.rows else ""
 
     def __exit__(self, *_):
@@ -209,7 +239,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping]) -> None:
     """rows: dicts; keys that are not in `columns` are left out."""
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(_Lines(file), columns, extrasaction="ignore", lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -234,7 +264,7 @@ def write_predictions(
     """One row per image. image_paths: N; targets: (N,) int; probabilities: (N, C) float; classes: C names."""
     predictions = np.argmax(probabilities, axis=1)
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(["path", "label", "prediction", "correct", *probability_columns(classes)])
         for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
             correct = int(target == prediction)

@@ -1,12 +1,11 @@
 """Label doubts of a cross-validation: images that the models of the other folds assign to another class."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from run.files import atomic_write, decimal
+from run.files import atomic_write, csv_writer, decimal
 from study.out_of_fold import OutOfFold
 
 LABEL_ISSUES_FILE = "label_issues.csv"
@@ -36,7 +35,7 @@ def find_label_issues(targets: np.ndarray, probabilities: np.ndarray) -> np.ndar
 def write_label_issues(path: str | Path, images: OutOfFold, doubtful: Sequence[int] | np.ndarray) -> None:
     """Write a CSV file with one row per image at the positions `doubtful`, in this order: rank 1 comes first."""
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(COLUMNS)
         for rank, i in enumerate(doubtful, start=1):
             label, probabilities = images.targets[i], images.probabilities[i]

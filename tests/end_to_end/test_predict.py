@@ -77,6 +77,11 @@ def test_images_of_the_training_are_a_warning(finished_run, tmp_path, capsys):
         (["--images", "{none}"], "--images: {none} does not exist"),
         (["--images", "{empty}"], "--images: no photographs in {empty}"),
         (["--images", "{photo}", "--output", "{photo}"], "--output: {photo} already exists; name another file, or add"),
+        (
+            ["--images", "{photo}", "--output", "{photo}", "--overwrite"],
+            "--output: {photo} is an input of this command",
+        ),
+        (["--images", "{photo}", "--output", "{pipe}", "--overwrite"], "--output: {pipe} is not a regular file"),
         (["--images", "{photo}", "--output", "{empty}"], "--output: {empty} is a folder"),
         (["--images", "{photo}", "--output", "{none}/p.csv"], "--output: the folder {none} does not exist"),
         (["--images", "{photo}", "{other}"], "MODEL: {other} has other classes"),
@@ -90,6 +95,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(finished_run, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     names = {"none": tmp_path / "none", "empty": tmp_path / "empty", "photo": write_images(tmp_path, 1)[0]}
     names["empty"].mkdir()
+    names["pipe"] = tmp_path / "pipe"
+    os.mkfifo(names["pipe"])
     models = [finished_run]
     if "{other}" in flags:
         flags, names["other"] = (

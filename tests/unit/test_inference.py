@@ -184,6 +184,21 @@ def test_checkpoints_run_folders_and_cross_validations_are_found(tmp_path, capsy
             find_checkpoints(path)
 
 
+@pytest.mark.parametrize("content", [[], {}, {"flags": {"folds": "many"}}])
+def test_a_damaged_list_of_folds_is_an_error(tmp_path, content):
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "fold_0" / "best_model.pth").touch()
+    write_json(tmp_path / FOLDS_FILE, content)
+    with pytest.raises(UserError, match=f"{FOLDS_FILE} is damaged"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_named_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a regular file"):
+        find_checkpoints(tmp_path / "pipe")
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -202,8 +217,12 @@ def test_a_checkpoint_that_cannot_be_used_is_an_error(finished_run, tmp_path, ch
 def test_a_model_that_has_diverged_is_an_error(finished_run, tmp_path, photographs):
     state = load_checkpoint(finished_run / "best_model.pth")["model_state_dict"]
     state["head.bias"] = torch.tensor([0, float("nan"), 0])
-    grade = load(changed_checkpoint(finished_run, tmp_path / "nan.pth", model_state_dict=state), "cpu")
-    with pytest.raises(UserError, match=r"nan.pth: the outputs of the model are not finite"):
+    with pytest.raises(UserError, match=r"nan.pth has weights that are not finite"):
+        load(changed_checkpoint(finished_run, tmp_path / "nan.pth", model_state_dict=state), "cpu")
+    state["head.bias"] = torch.full((3,), 3e38)
+    state["head.weight"] = torch.full_like(state["head.weight"], 3e38)
+    grade = load(changed_checkpoint(finished_run, tmp_path / "large.pth", model_state_dict=state), "cpu")
+    with pytest.raises(UserError, match=r"large.pth: the outputs of the model are not finite"):
         grade(photographs)
 
 
@@ -253,6 +272,37 @@ def test_validation_outputs_of_another_model_do_not_serve(finished_run, copied_r
     assert prediction.prediction_set is None and prediction.uncertain is None
     (line,) = capsys.readouterr().out.splitlines()
     assert ("is damaged" if change == "damaged" else "is of another model or of other images") in line
+
+
+@pytest.mark.parametrize("outputs", [{"targets": None}, {"targets": 99}, {"probabilities": float("nan")}])
+def test_damaged_validation_outputs_cost_only_the_sets(finished_run, tmp_path, photographs, capsys, outputs):
+    stored = load_checkpoint(finished_run / "best_model.pth")["val_outputs"]
+    ((name, value),) = outputs.items()
+    damaged = {**stored, name: value if value is None else torch.full_like(stored[name], value)}
+    path = changed_checkpoint(finished_run, tmp_path / "damaged.pth", val_outputs=damaged)
+    assert load(path, "cpu")(photographs)[0].prediction_set is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no prediction sets: ") and line.endswith("damaged.pth are damaged")
+
+
+def test_the_coverage_that_is_not_guaranteed_is_not_rounded(finished_run, photographs, capsys):
+    load(finished_run, "cpu", coverage=0.9995)(photographs)
+    assert "the 99.95% are not guaranteed" in capsys.readouterr().out
+
+
+def test_unreadable_photographs_are_predictions_before_one_that_can_be_read(grade, photographs, tmp_path, monkeypatch):
+    """Their reasons are not kept until then: there may be a million."""
+    monkeypatch.setattr("images.decode_ahead.MAX_UNREADABLE", 5)
+    (tmp_path / "empty.png").touch()
+    paths = [str(tmp_path / "empty.png")] * 12 + photographs[:1]
+    batches = list(grade.batches(paths))
+    assert [len(batch.predictions) for batch in batches] == [5, 5, 3]
+    assert [p.path for batch in batches for p in batch.predictions] == paths
+    assert [bool(p.error) for batch in batches for p in batch.predictions] == 12 * [True] + [False]
+
+
+def test_no_arrays_have_no_probabilities(grade):
+    assert grade.probabilities_of([]).shape == (0, 3)
 
 
 def test_classes_with_few_validation_images_are_named(grade, photographs, capsys):

@@ -18,7 +18,9 @@ from run.files import (
     read_json,
     read_rows,
     read_yaml,
+    refuse_input,
     valid_text,
+    write_csv,
     write_history,
     write_json,
     write_predictions,
@@ -135,6 +137,28 @@ def test_rows_are_kept_if_their_file_is_not_finished(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["a\rb.png", "a\nb.png", "a\r\nb,.png", '"a".png'])
+def test_any_file_name_is_one_row(tmp_path, name):
+    with RowFile(tmp_path / "rows.csv", ["path"], "--output") as rows:
+        rows.write([[name], ["plain.png"]])
+        rows.finish()
+    assert [row["path"] for row in read_rows(tmp_path / "rows.csv")] == [name, "plain.png"]
+    assert (tmp_path / "rows.csv").read_bytes().endswith(b"\nplain.png\n")
+    write_predictions(tmp_path / "p.csv", [name], np.array([0]), np.array([[0.7, 0.3]]), ["a", "b"])
+    assert [row["path"] for row in read_rows(tmp_path / "p.csv")] == [name]
+    write_csv(tmp_path / "c.csv", ["path"], [{"path": name}])
+    assert [row["path"] for row in read_rows(tmp_path / "c.csv")] == [name]
+
+
+def test_an_input_is_not_replaced_whatever_its_name_is(tmp_path):
+    (tmp_path / "a").write_text("a")
+    os.symlink("a", tmp_path / "link")
+    refuse_input(tmp_path / "new", [tmp_path / "a"], "--output")
+    refuse_input(tmp_path / "a", [tmp_path / "none"], "--output")
+    with pytest.raises(UserError, match=r"--output: .*link is an input"):
+        refuse_input(tmp_path / "link", [tmp_path / "none", tmp_path / "a"], "--output")
+
+
 def test_a_full_disk_is_an_error_that_names_the_flag(tmp_path, monkeypatch):
     os.symlink("/dev/full", tmp_path / "rows.csv.part")
     with (
