@@ -287,7 +287,7 @@ def test_damaged_validation_outputs_cost_only_the_sets(finished_run, tmp_path, p
 
 def test_the_coverage_that_is_not_guaranteed_is_not_rounded(finished_run, photographs, capsys):
     load(finished_run, "cpu", coverage=0.9995)(photographs)
-    assert "the 99.95% are not guaranteed" in capsys.readouterr().out
+    assert "the coverage of 99.95% is not guaranteed" in capsys.readouterr().out
 
 
 def test_unreadable_photographs_are_predictions_before_one_that_can_be_read(grade, photographs, tmp_path, monkeypatch):
@@ -307,8 +307,9 @@ def test_no_arrays_have_no_probabilities(grade):
 
 def test_classes_with_few_validation_images_are_named(grade, photographs, capsys):
     grade(photographs)
-    (line,) = capsys.readouterr().out.splitlines()
+    line, of_all = capsys.readouterr().out.splitlines()
     assert "fewer than 9 validation images (0: 4, 2: 2, 10: 1)" in line and "90%" in line
+    assert "no class has a guarantee" in of_all
 
 
 def test_sets_follow_the_adjustment_but_not_the_mirror_image(finished_run, photographs):
