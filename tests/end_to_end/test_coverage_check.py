@@ -10,7 +10,7 @@ from run.files import read_predictions
 
 
 def test_the_coverage_of_each_class_is_that_of_the_predicted_sets(finished_run, thin_network):
-    rows = measure(str(finished_run), 0.6)
+    rows = measure([str(finished_run)], 0.6)
     results = json.loads((finished_run / "results.json").read_text())
     assert [(name, num_test) for name, _, num_test, *_ in rows[:-1]] == [
         (name, metrics["support"]) for name, metrics in results["test"]["per_class"].items()

@@ -1,8 +1,8 @@
 """Whether prediction sets hold their promise on the test images of finished runs, class by class.
 
-    python tests/tools/coverage_check.py RUN [--coverage 0.9]      a run folder, or the folder of a cross-validation
+    python tests/tools/coverage_check.py RUN... [--coverage 0.9]      run folders, or the folder of a cross-validation
 
-The test images of each fold are predicted by its own model, whose sets are those of its own validation images.
+The test images of each run or fold are predicted by its own model, whose sets are those of its own validation images.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from inference import find_checkpoints, load
 from run.files import read_predictions
 
 
-def measure(run: str, coverage: float) -> list[tuple[str, int, int, float, float, float]]:
+def measure(runs: list[str], coverage: float) -> list[tuple[str, int, int, float, float, float]]:
     """-> rows of each class, and of all: (class, validation images per model, test images, share with the truth in the
     set, mean number of classes in the set, share of sets of one class)"""
     targets, sets, val_counts = [], [], []
-    for path in find_checkpoints(run):
+    for path in find_checkpoints(runs):
         grader = load(path, "cpu", coverage=coverage)
         _, true, probabilities = read_predictions(path.parent / "test_predictions.csv", grader.classes)
         targets.append(true)
@@ -41,12 +41,12 @@ def measure(run: str, coverage: float) -> list[tuple[str, int, int, float, float
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--coverage", type=float, default=0.9)
     args = parser.parse_args(argv)
     print("| class | validation images | test images | coverage | mean size | one class |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, num_val, num_test, covered, size, single in measure(args.run, args.coverage):
+    for name, num_val, num_test, covered, size, single in measure(args.runs, args.coverage):
         print(f"| {name} | {num_val} | {num_test} | {covered:.2f} | {size:.2f} | {single:.0%} |")
 
 
