@@ -21,7 +21,7 @@ from flags import is_ordinal
 from model import CosineHead, Model
 from run.cli import UserError, first_line
 from run.environment import commit
-from run.files import read_json
+from run.files import read_json, valid_text
 from utils import class_shares
 
 OPSET = 18  # of ONNX
@@ -149,7 +149,8 @@ def describe(checkpoint: Mapping[str, Any], args: argparse.Namespace, run_dir: P
         "epoch": checkpoint["epoch"],
         "metrics": _metrics(checkpoint, run_dir, is_adjusted),
     }
-    as_json = {key: json.dumps(value, ensure_ascii=False) for key, value in content.items()}
+    # a class name that is not valid UTF-8 gets escapes, which JSON reads back as it was
+    as_json = {key: valid_text(json.dumps(value, ensure_ascii=False)) for key, value in content.items()}
     return {key: value if isinstance(value, str) else as_json[key] for key, value in content.items()}
 
 

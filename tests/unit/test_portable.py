@@ -102,6 +102,12 @@ def test_metadata_are_texts_with_the_metrics_of_the_same_epoch(tmp_path):
     assert describe(checkpoint_of(epoch=3), ARGS, tmp_path, False)["metrics"] == "{}"
 
 
+def test_class_names_that_are_not_utf8_survive_in_metadata_that_are(tmp_path):
+    names = ["0", "b\udcff", "\\udcff"]
+    text = describe({**checkpoint_of(), "classes": names}, ARGS, tmp_path, False)["classes"]
+    assert json.loads(text.encode("utf-8")) == names
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"evaluated_epoch": 4}', '{"evaluated_epoch": 4, "test": 3}'])
 def test_damaged_results_cost_only_the_metrics(tmp_path, capsys, content):
     (tmp_path / "results.json").write_text(content)
