@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from averaging import MovingAverage
 from images.augment import resize
 from images.device_batches import DeviceBatches
 from model import Model
 from run.cli import UserError, progress_bar
-from run.machine import memory_format, name_hardware_errors, resolve_amp
+from run.machine import memory_format, name_hardware_errors, resolve_amp, set_float32_precision
 
 CHECK_EVERY = 10  # steps between two checks of the loss
 
@@ -40,18 +40,6 @@ class Mixer:
         return mixed, shares[0, 0].item()
 
 
-def moving_average(decay: float) -> Callable:
-    """For `AveragedModel`: the exponential moving average whose decay at step t is min(decay, (1 + t) / (10 + t)).
-
-    With `decay` from the first step on, the average would stay close to the initial weights for hundreds of steps.
-    """
-
-    def update(averaged, current, steps):
-        get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
-
-    return update
-
-
 class Outputs(NamedTuple):
     """Of an evaluation: mean loss, probabilities (N, C) float32, targets (N,) int64."""
 
@@ -72,31 +60,35 @@ class Engine:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     clip_grad: float = 0.0  # largest norm of the gradient, 0: not clipped
     grad_accum: int = 1  # batches per optimizer step
-    compile: bool = False
+    # images of a full training batch, for which the model is compiled, and for twice as many in evaluation; other
+    # batches, such as the last one of an epoch, run as they are; 0: nothing is compiled
+    compiled_batch: int = 0
     mixer: Mixer | None = None
     ema: float = 0.0  # decay of the averaged weights, which are evaluated instead, 0: no average
 
     def __post_init__(self):
         self.model.to(self.device, memory_format=memory_format(self.device))
         self.criterion.to(self.device)
-        self.average = None
-        if self.ema:
-            self.average = AveragedModel(self.model, multi_avg_fn=moving_average(self.ema), use_buffers=True)
-        if self.compile:
-            self.model.compile()
+        self.average = MovingAverage(self.model, self.ema) if self.ema else None
+        if self.compiled_batch:
+            self.model.compile(dynamic=False)
+            if self.average:
+                self.average.model.compile(dynamic=False)
         # scales the loss in float16 only, where small gradients would vanish
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
 
     @property
     def evaluated(self) -> torch.nn.Module:
         """The model that is evaluated and kept: the averaged one if there is one."""
-        return self.average.module if self.average else self.model
+        return self.average.model if self.average else self.model
 
     def forward(self, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         """images: (N, 3, H, W) on this device, as `Model` takes them -> logits: (N, C) float32."""
         images = images.contiguous(memory_format=memory_format(self.device))
+        is_odd = self.compiled_batch and len(images) != self.compiled_batch * (1 if model.training else 2)
+        compute = model.forward if is_odd else model  # `compile` leaves the method itself as it was
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return model(images).float()
+            return compute(images).float()
 
     def retrain_head(self, reset: bool) -> None:
         """Classifier re-training (Kang et al. 2020): train only the head from now on, on the evaluated backbone.
@@ -105,8 +97,8 @@ class Engine:
         """
         if reset:
             if self.average:
-                self.model.load_state_dict(self.average.module.state_dict())
-                self.average.n_averaged.zero_()
+                self.model.load_state_dict(self.average.model.state_dict())
+                self.average.steps = 0
             self.model.head.reset_parameters()
             for parameter in self.model.head.parameters():
                 self.optimizer.state.pop(parameter, None)
@@ -118,7 +110,7 @@ class Engine:
         """See `Model`."""
         self.model.load_initial_weights(state_dict, weight_classes, classes)
         if self.average:
-            self.average.module.load_state_dict(self.model.state_dict())
+            self.average.model.load_state_dict(self.model.state_dict())
 
     def check_weights(self) -> None:
         """Raise UserError if a weight is not finite: a step can cause that although its loss was finite."""
@@ -188,7 +180,7 @@ class Engine:
         self.scaler.update()
         self.scheduler.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self.average.update()
 
     def _logits_and_loss(self, images, targets):
         if self.mixer is None:
@@ -234,18 +226,21 @@ class Engine:
         return Outputs(loss, torch.softmax(logits, dim=1).cpu().numpy(), targets.cpu().numpy().astype(np.int64))
 
 
+@name_hardware_errors()
 def build_engine(
     args: argparse.Namespace, device: torch.device, criterion: torch.nn.Module, num_classes: int
 ) -> Engine:
     """An engine with a new model, as the flags say."""
+    amp_dtype = resolve_amp(args.amp, device)
+    set_float32_precision(amp_dtype)
     return Engine(
         Model(num_classes, args.dropout_prob, cosine_head=args.train_loss == "ldam"),
         criterion,
         device,
-        resolve_amp(args.amp, device),
+        amp_dtype,
         clip_grad=args.clip_grad,
         grad_accum=args.grad_accum,
-        compile=args.compile,
+        compiled_batch=args.batch_size if args.compile else 0,
         mixer=Mixer(args.mixup, args.cutmix) if args.mixup or args.cutmix else None,
         ema=0 if args.eval_only else args.ema,
     )

@@ -24,6 +24,7 @@ from plots import plot_confusion_matrix
 from run.environment import write_environment
 from run.files import printable, write_json, write_predictions
 from run.log import start_log
+from run.machine import name_hardware_errors
 from run.progress import Progress
 from run.saver import BEST
 from schedule import build_loss_from_flags
@@ -63,7 +64,8 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.devi
     criterion = build_loss_from_flags(args, checkpoint["samples_per_cls"])
     engine = build_engine(args, device, criterion, len(checkpoint["classes"]))
     try:
-        engine.model.load_state_dict(checkpoint["model_state_dict"])
+        with name_hardware_errors():
+            engine.model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
         raise weights_do_not_fit(args.resume, error) from error
     start_log(run_dir)

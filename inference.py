@@ -25,7 +25,7 @@ from model import Model, load_checkpoint, weights_do_not_fit
 from run.cli import UserError
 from run.files import decimal, printable, probability_columns, read_json, read_predictions, valid_text
 from run.folder import FOLDS_FILE
-from run.machine import choose_device, is_out_of_memory
+from run.machine import choose_device, out_of_memory_reason, set_float32_precision
 from run.saver import BEST
 
 FLAG = "MODEL"  # of predict.py
@@ -279,7 +279,7 @@ class Grader:
             try:
                 return torch.cat([_forward(loaded, piece, precise) for piece in images.split(self._piece)])
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not out_of_memory_reason(error):
                     raise
                 self._piece = min(self._piece, len(images)) // 2
                 if not self._piece:
@@ -362,8 +362,11 @@ class Grader:
 def _forward(loaded, images, precise):
     if not precise:
         return loaded.engine.forward(loaded.model, images)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    set_float32_precision(None)
+    try:
         return loaded.model(images).float()
+    finally:
+        set_float32_precision(loaded.engine.amp_dtype)
 
 
 def _in_order(paths, start, end, predicted, decoded):

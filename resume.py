@@ -24,7 +24,7 @@ from images.splits import check_folders_used, find_images, paths_by_split
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
 from run.cli import Damaged, UserError
 from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
-from run.machine import random_state, restore_random_state
+from run.machine import name_hardware_errors, random_state, restore_random_state
 from run.progress import Progress
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
 from schedule import Stage, last_stage_start, steps_before
@@ -183,7 +183,7 @@ def snapshot(
         "position": epoch_state,
         "model_state_dict": engine.evaluated.state_dict(),
         "raw_state_dict": engine.model.state_dict() if engine.average else {},
-        "averaged_steps": int(engine.average.n_averaged) if engine.average else 0,
+        "averaged_steps": engine.average.steps if engine.average else 0,
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "scheduler_state_dict": engine.scheduler.state_dict(),
         "scaler_state_dict": engine.scaler.state_dict(),
@@ -229,16 +229,17 @@ def restore(
         print(f"epoch {checkpoint['epoch'] + 1} restarts from its first image: changed flags change their order")
         epoch_state = None
     try:
-        engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
-        if engine.average:
-            engine.model.load_state_dict(checkpoint["raw_state_dict"] or checkpoint["model_state_dict"])
-            # at least one: a run without --ema that is resumed with it starts the average from its weights
-            engine.average.n_averaged.fill_(max(1, checkpoint["averaged_steps"]))
-        engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
-            engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
-        restore_random_state(checkpoint["rng_state"], engine.device)
+        with name_hardware_errors():
+            engine.evaluated.load_state_dict(checkpoint["model_state_dict"])
+            if engine.average:
+                engine.model.load_state_dict(checkpoint["raw_state_dict"] or checkpoint["model_state_dict"])
+                # at least one: a run without --ema that is resumed with it starts the average from its weights
+                engine.average.steps = max(1, checkpoint["averaged_steps"])
+            engine.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            engine.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+            if checkpoint["scaler_state_dict"]:  # empty unless it was trained in float16
+                engine.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+            restore_random_state(checkpoint["rng_state"], engine.device)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise weights_do_not_fit(args.resume, error) from error
     where = f", after {epoch_state['images']} of its images" if epoch_state else ""

@@ -69,7 +69,8 @@ def _gray_on(device):
 
 
 def augment_batch(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """`augment` for a whole batch on its device. images: (N, 3, S, S) uint8; parameters: (N, 9) float -> as `images`.
+    """`augment` for a whole batch on its device. images: (N, 3, S, S) uint8; parameters: (N, 9) float -> as `images`,
+    channels last.
 
     Color: brightness; contrast around the image's mean gray; saturation around the gray of each pixel.
     """
@@ -80,7 +81,8 @@ def augment_batch(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     mean_gray = (warped.mean(dim=2) @ gray)[:, None, None]
     linear = brightness * contrast * (saturation * torch.eye(3, device=images.device) + (1 - saturation) * gray)
     colored = torch.baddbmm(brightness * (1 - contrast) * mean_gray, linear, warped)
-    return colored.round_().clamp_(0, 255).to(torch.uint8).reshape(images.shape)
+    colored = colored.round_().clamp_(0, 255).reshape(images.shape)
+    return colored.to(torch.uint8, memory_format=torch.channels_last)  # as the network takes them
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The batches of a loader, copied to the device and augmented there ahead of the computation."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,7 @@ class DeviceBatches:
         return augment_batch(images, *parameters) if parameters else images, targets
 
     def _copied_ahead(self):
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream, current = _copy_stream(self.device), torch.cuda.current_stream(self.device)
         end_of_step = _time_on(current)
         copied = None
         for batch in itertools.chain(self._batches(), [None]):
@@ -91,6 +92,11 @@ class DeviceBatches:
                 self._gaps.append((end_of_step, _time_on(current)))
                 yield tensors
                 end_of_step = _time_on(current)
+
+
+@functools.cache  # the allocator keeps the memory of each stream apart: with a new one per epoch, reserved memory grows
+def _copy_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def _time_on(stream):

@@ -10,6 +10,16 @@ import torch
 
 from run.cli import UserError
 
+# how the libraries below torch say that the memory of the GPU, or pinned memory for it, is full
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's own calls, also in the thread that pins batches; MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "HOST_ALLOCATION_FAILED",
+    "unable to find an engine",  # cuDNN, when no algorithm finds room for its work
+    "Unable to find a valid cuDNN algorithm",
+)
+
 
 def choose_device(name: str) -> torch.device:
     """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
@@ -18,6 +28,8 @@ def choose_device(name: str) -> torch.device:
         chosen = next(kind for kind, is_available in tests.items() if is_available()) if name == "auto" else name
         device = torch.device(chosen)
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # what is allocated without a device, too
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device: {name} is not available here: {str(error).splitlines()[0]}") from error
     return device
@@ -37,6 +49,11 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
+def set_float32_precision(amp_dtype: torch.dtype | None) -> None:
+    """Without autocast, convolutions on a GPU are computed in float32 as well: by itself, torch uses TF32 there."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if amp_dtype else "ieee"
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """-> channels last, which is faster; not on MPS, whose batch normalization raises for it in many versions."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -48,18 +65,26 @@ def has_fused_optimizer(device: torch.device) -> bool:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """-> `rng_state` of a checkpoint: of the CPU, of each GPU, and of MPS if that is the device."""
-    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    """-> `rng_state` of a checkpoint: of the CPU, of the GPU that is trained on, and of MPS if that is the device."""
+    on_gpu = device.type == "cuda"
+    state = {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device)] if on_gpu else []}
     return state | {"mps": torch.mps.get_rng_state()} if device.type == "mps" else state
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """state: by `random_state`, perhaps on another machine, whose GPUs or MPS are then left as they are."""
+    """state: by `random_state`, perhaps on another machine. Prints a line if it has none of this kind of device."""
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
     if device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+    elif device.type == "cuda" and state["cuda"]:
+        number = torch.cuda.current_device() if device.index is None else device.index
+        of_gpus = state["cuda"]  # of all GPUs in older checkpoints
+        torch.cuda.set_rng_state(of_gpus[number if number < len(of_gpus) else 0], device)
+    elif device.type != "cpu":
+        print(
+            f"the checkpoint was not trained on {device.type}, and has no random state for it: dropout differs from "
+            "that of a training that was not interrupted"
+        )
 
 
 def _cpu_computes_bf16():
@@ -84,9 +109,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)  # large blocks come from the kept memory too
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the memory of a GPU was too small."""
-    return isinstance(error, torch.OutOfMemoryError) or str(error).strip().startswith("MPS backend out of memory")
+def out_of_memory_reason(error: RuntimeError) -> str | None:
+    """-> the line that says that the memory of a GPU is too small; None for any other error."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    unnamed = lines[0] if isinstance(error, torch.OutOfMemoryError) else None
+    return next((line for line in lines if any(words in line for words in OUT_OF_MEMORY)), unnamed)
 
 
 @contextmanager
@@ -95,17 +122,17 @@ def name_hardware_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        if is_out_of_memory(error):
+        lines = str(error).strip().splitlines() or [""]
+        if full := out_of_memory_reason(error):
             raise UserError(
                 "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
-                f"steps ({reason})"
+                f"steps ({full})"
             ) from error
-        if "DataLoader worker" in reason:
+        if "DataLoader worker" in lines[0]:
             raise UserError(
-                f"--num_workers: a loader worker died, perhaps for lack of memory ({reason}); resume from the last "
+                f"--num_workers: a loader worker died, perhaps for lack of memory ({lines[0]}); resume from the last "
                 "checkpoint with fewer workers"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # named without importing them
-            raise UserError(f"--compile: torch.compile does not work here ({reason}); omit it") from error
+            raise UserError(f"--compile: torch.compile does not work here ({lines[0]}); omit it") from error
         raise

@@ -190,7 +190,10 @@ def measure_step(device: torch.device, compile: bool) -> dict:
     """Training steps on images that are on the device already: forward, backward, optimizer."""
     steps = GPU_STEPS if device.type == "cuda" else CPU_STEPS
     amp_dtype = resolve_amp("auto", device)
-    engine = Engine(Model(NUM_CLASSES), CBLoss(SAMPLES_PER_CLS), device, amp_dtype, clip_grad=1.0, compile=compile)
+    compiled_batch = BATCH_SIZE if compile else 0
+    engine = Engine(
+        Model(NUM_CLASSES), CBLoss(SAMPLES_PER_CLS), device, amp_dtype, clip_grad=1.0, compiled_batch=compiled_batch
+    )
     engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-4, fused=has_fused_optimizer(device))
     engine.scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
     images = torch.randint(0, 256, (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)

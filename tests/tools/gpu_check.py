@@ -44,7 +44,7 @@ from images.device_batches import DeviceBatches
 from images.folders import ImageIndex, Paths
 from main import main as run_main
 from model import Model, load_checkpoint
-from run.machine import resolve_amp
+from run.machine import resolve_amp, set_float32_precision
 from utils import build_loss
 
 os.environ["WANDB_MODE"] = "disabled"
@@ -133,7 +133,7 @@ def part_correct(log, device, tiny):
 
 def check_float32(log, device, side):
     # TF32 off: the question is whether the code is right, not how exact the format is
-    torch.backends.cudnn.allow_tf32 = False
+    set_float32_precision(None)
     torch.backends.cudnn.deterministic = True
     images, targets = image_batch(16, side)
     results = []
@@ -143,7 +143,7 @@ def check_float32(log, device, side):
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in engine.model.parameters()])
         results.append([tensor.detach().double().cpu() for tensor in (logits, loss, gradient)])
-    torch.backends.cudnn.allow_tf32 = True
+    set_float32_precision(torch.bfloat16)
     errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
     ok = errors[0] < 1e-4 and errors[1] < 1e-4 and errors[2] < 2e-2
     log("float32 as on the CPU", ok, **dict(zip(("logits", "loss", "gradient"), errors, strict=True)))
@@ -434,7 +434,9 @@ def part_speed(log, device, tiny):
     for batch in (256, 32):
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
     measure_step(log, device, tiny, peak, "fp16, batch 256", 256, torch.float16)
-    measure_step(log, device, tiny, peak, "float32 (TF32 convolutions), batch 128", 128, None, steps=8)
+    set_float32_precision(None)  # as in main.py --amp off
+    measure_step(log, device, tiny, peak, "float32, batch 128", 128, None, steps=8)
+    set_float32_precision(bf16)
     for cudnn.benchmark, cudnn.deterministic in ((False, False), (True, False), (True, True)):
         name = f"bf16, batch 256, benchmark {cudnn.benchmark}, deterministic {cudnn.deterministic}"
         measure_step(log, device, tiny, peak, name, 256, bf16)
@@ -613,7 +615,7 @@ def measure_compiled_step(log, device, tiny, name, mode, batch):
     engine, metrics = new_engine(device, torch.bfloat16), RunningMetrics(0, device)
     images, targets = (tensor.to(device) for tensor in image_batch(batch, 32 if tiny else 224))
     eager = engine._logits_and_loss(images, targets)[1].item()
-    engine.model.compile(**({"mode": mode} if mode else {}))
+    engine.model.compile(dynamic=False, **({"mode": mode} if mode else {}))
     started = time.perf_counter()
     _, loss = engine._logits_and_loss(images, targets)
     loss.backward()

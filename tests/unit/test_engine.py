@@ -1,5 +1,6 @@
 """Training for one epoch and evaluation, on a small network."""
 
+import functools
 import math
 import os
 import shutil
@@ -138,10 +139,27 @@ def test_the_time_spent_waiting_for_images_is_measured():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_has_the_same_loss_and_parameter_names():
-    plain, compiled = make_engine(), make_engine(compile=True)
+    plain, compiled = make_engine(), make_engine(compiled_batch=8)
     expected = one_epoch(plain, batches(2))["train_loss"]
     assert one_epoch(compiled, batches(2))["train_loss"] == pytest.approx(expected, rel=1e-4)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_only_full_batches_are_compiled_once_each_for_training_and_evaluation(ema, monkeypatch):
+    torch._dynamo.reset()
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(next(len(i) for i in inputs if i.dtype == torch.uint8))
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    engine = make_engine(compiled_batch=8, ema=ema)
+    for epoch in range(2):
+        one_epoch(engine, [*batches(2, 8), *batches(1, 3)], epoch)
+        engine.evaluate([*batches(2, 16), *batches(1, 5)], "val")
+    assert sizes == [8, 16]
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])

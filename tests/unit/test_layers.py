@@ -18,7 +18,7 @@ LAYERS = (
     ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),
-    ("dataset_double", "model", "tracking", "calibration"),
+    ("dataset_double", "model", "tracking", "calibration", "averaging"),
     ("flag_checks",),
     ("images",),
     ("metrics", "utils", "resnet_custom", "plots", "charts"),

@@ -97,7 +97,9 @@ def test_a_batch_on_the_device_is_augmented_like_single_images():
     for out, image_parameters in zip(expected, parameters, strict=True):
         augment(image, image_parameters, out)
     images = torch.from_numpy(np.stack([image] * 100)).permute(0, 3, 1, 2)
-    actual = augment_batch(images, torch.tensor(parameters)).permute(0, 2, 3, 1).numpy()
+    batch = augment_batch(images, torch.tensor(parameters))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    actual = batch.permute(0, 2, 3, 1).numpy()
     difference = np.abs(actual.astype(int) - expected)
     assert difference.mean() < 0.5 and difference.max() <= 4
     assert np.abs(expected.astype(int) - image).mean() > 5

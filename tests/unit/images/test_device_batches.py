@@ -27,6 +27,12 @@ def test_batches_copied_ahead_arrive_intact_and_in_order():
     assert device_batches.seconds_waited() >= 0
 
 
+def test_a_device_has_one_copy_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    first, second = (images.device_batches._copy_stream(torch.device("cuda", i)) for i in (6, 7))
+    assert images.device_batches._copy_stream(torch.device("cuda", 6)) is first is not second
+
+
 class RecordedTurns:
     def __init__(self):
         self.events = []
