@@ -203,18 +203,18 @@ def train_loader(
     sampler = EpochSampler(train_set, args.seed)
     if sampling != "instance":
         sampler = ClassSampler(train_set, sampling, args.epochs - args.crt_epochs, args.seed)
-    return _loader(train_set, args.batch_size, args, device, sampler)
+    return _loader(train_set, index, args.batch_size, args, device, sampler)
 
 
 def eval_loader(index: ImageIndex, args: argparse.Namespace, device: torch.device) -> DataLoader:
     """Every image in the order of the index, in larger batches, as evaluation needs no memory for gradients."""
-    return _loader(DoubleSkinDataset(index, args.image_size, args.resize), 2 * args.batch_size, args, device)
+    return _loader(DoubleSkinDataset(index, args.image_size, args.resize), index, 2 * args.batch_size, args, device)
 
 
-def _loader(dataset, batch_size, args, device, sampler=None):
+def _loader(dataset, index, batch_size, args, device, sampler=None):
     workers, on_gpu = args.num_workers, device.type == "cuda"
-    if workers is None:
-        workers = min(8, num_cores()) if on_gpu else 0
+    if workers is None:  # a thread copies images from the cache faster than processes
+        workers = min(8, num_cores()) if on_gpu and not index.is_cached else 0
     image_bytes = 3 * args.image_size**2 + 8 + 4 * len(IDENTITY)  # pixels, target, parameters of the augmentation
     for_training, for_evaluation = affordable_workers(workers, image_bytes, args.batch_size, args.grad_accum)
     workers = for_training if sampler else for_evaluation

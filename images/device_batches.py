@@ -3,7 +3,9 @@
 import functools
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from run.cores import num_cores
 from run.signals import Stopped, interruptible
 from run.turns import turns_of
 
+AHEAD = 2  # batches that a thread has ready for a GPU
+
 
 class DeviceBatches:
     """The batches of a loader on `device`: (images (N, 3, H, W) uint8, targets (N,) int64).
 
     Batches that come with augmentation parameters are augmented there. On a GPU each batch is copied and augmented on
-    a separate stream while the previous one is computed.
+    a separate stream while the previous one is computed; a loader without workers is read by a thread.
     """
 
     def __init__(self, loader: Iterable, device: torch.device, before_stop: Callable[[], None] | None = None):
@@ -48,7 +52,8 @@ class DeviceBatches:
             started = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        iterator = self._wait_for(lambda: iter(self.loader))
+        reads_itself = self.device.type == "cuda" and not getattr(self.loader, "num_workers", 0)
+        iterator = self._wait_for(lambda: iter(read_ahead(self.loader) if reads_itself else self.loader))
         while (batch := self._wait_for(lambda: next(iterator, None))) is not None:
             yield batch
             del batch  # so that its shared memory is free when the next one arrives
@@ -92,6 +97,22 @@ class DeviceBatches:
                 self._gaps.append((end_of_step, _time_on(current)))
                 yield tensors
                 end_of_step = _time_on(current)
+
+
+def read_ahead(batches: Iterable) -> Iterator:
+    """The same batches, read by a thread: where they only have to be copied from the cache, that is faster than worker
+    processes, and needs no shared memory.
+    """
+    iterator = iter(batches)
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, iterator, None) for _ in range(AHEAD))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, iterator, None))
+            yield batch
+            del batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @functools.cache  # the allocator keeps the memory of each stream apart: with a new one per epoch, reserved memory grows

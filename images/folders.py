@@ -112,6 +112,11 @@ class ImageIndex:
         cache_rows, sizes = self.cache_rows[positions], self.sizes[positions]
         return ImageIndex(self.paths[positions], self.targets[positions], self.classes, cache_rows, self.cache, sizes)
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the pixels of every image are in the cache."""
+        return bool((self.cache_rows >= 0).all()) and self.cache.pixels is not None
+
     def counts(self) -> np.ndarray:
         """-> (C,) int64: images per class."""
         return np.bincount(self.targets, minlength=len(self.classes))

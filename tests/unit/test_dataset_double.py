@@ -196,3 +196,12 @@ def test_images_outside_the_cache_are_resized_as_those_in_it(tmp_path, resize):
         ]
         assert torch.equal(*(next(iter(loader))[0] for loader in loaders))
     assert torch.equal(*(next(iter(eval_loader(index, args, cpu)))[0] for index in (cached, uncached)))
+
+
+def test_on_a_gpu_cached_images_need_no_loader_workers(data_dir, tmp_path):
+    args, gpu = parse_flags(["--data_dirs", str(data_dir), "--image_size", "32"]), torch.device("cuda")
+    uncached = index_folders(args.data_dirs)
+    cached = read_all({"data": uncached}, ImageCache(tmp_path / "cache", 32), False)["data"]
+    assert eval_loader(cached, args, gpu).num_workers == 0 < eval_loader(uncached, args, gpu).num_workers
+    args.num_workers = 1
+    assert eval_loader(cached, args, gpu).num_workers == 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import images.device_batches
-from images.device_batches import DeviceBatches
+from images.device_batches import AHEAD, DeviceBatches, read_ahead
+from run.cli import UserError
 from run.signals import Signals, Stopped
 from run.turns import Turns
 
@@ -25,6 +26,38 @@ def test_batches_copied_ahead_arrive_intact_and_in_order():
     for (images, targets), (expected_images, expected_targets) in zip(received, expected, strict=True):
         assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
     assert device_batches.seconds_waited() >= 0
+
+
+def test_batches_that_a_thread_reads_are_the_same_and_at_most_a_few_ahead():
+    read, main_thread = [], threading.get_ident()
+
+    def batches():
+        for number in range(9):
+            read.append((number, threading.get_ident()))
+            yield number
+
+    for number, batch in enumerate(read_ahead(batches())):
+        assert batch == number and len(read) <= number + 1 + AHEAD
+    assert [number for number, _ in read] == list(range(9)) and main_thread not in {thread for _, thread in read}
+
+
+def test_an_error_while_reading_ahead_arrives_after_the_batches_before_it():
+    def batches():
+        yield 0
+        raise UserError("a.jpg cannot be read")
+
+    iterator = read_ahead(batches())
+    assert next(iterator) == 0
+    with pytest.raises(UserError, match=r"a\.jpg"):
+        next(iterator)
+
+
+def test_what_is_not_needed_is_not_read():
+    read = []
+    iterator = read_ahead(number for number in range(100) if read.append(number) is None)
+    next(iterator)
+    iterator.close()
+    assert len(read) <= 1 + AHEAD
 
 
 def test_a_device_has_one_copy_stream(monkeypatch):
