@@ -358,7 +358,12 @@ def _add_machine_flags(group):
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
     add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
-    add("--num_workers", type=number(int, low=0), metavar="N", help="loader processes [0 on a CPU, up to 8 on a GPU]")
+    add(
+        "--num_workers",
+        type=number(int, low=0),
+        metavar="N",
+        help="loader processes [0; for a GPU up to 8 if images are not cached]",
+    )
     add("--cache_dir", metavar="DIR", help="folder for decoded images [~/.cache/skin-grading]")
     add(
         "--no_cache",
