@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from images.augment import augment_batch
 from run.cores import num_cores
@@ -22,7 +23,7 @@ class DeviceBatches:
     """The batches of a loader on `device`: (images (N, 3, H, W) uint8, targets (N,) int64).
 
     Batches that come with augmentation parameters are augmented there. On a GPU each batch is copied and augmented on
-    a separate stream while the previous one is computed; a loader without workers is read by a thread.
+    a separate stream while the previous one is computed; a `DataLoader` without workers is read by a thread.
     """
 
     def __init__(self, loader: Iterable, device: torch.device, before_stop: Callable[[], None] | None = None):
@@ -52,7 +53,8 @@ class DeviceBatches:
             started = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        reads_itself = self.device.type == "cuda" and not getattr(self.loader, "num_workers", 0)
+        is_idle = isinstance(self.loader, DataLoader) and not self.loader.num_workers  # while the device computes
+        reads_itself = self.device.type == "cuda" and is_idle
         iterator = self._wait_for(lambda: iter(read_ahead(self.loader) if reads_itself else self.loader))
         while (batch := self._wait_for(lambda: next(iterator, None))) is not None:
             yield batch
