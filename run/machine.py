@@ -51,7 +51,8 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 def set_float32_precision(amp_dtype: torch.dtype | None) -> None:
     """Without autocast, convolutions on a GPU are computed in float32 as well: by itself, torch uses TF32 there."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if amp_dtype else "ieee"
+    # the older of two settings: torch.export and torch.compile read it, and raise if the newer one differs
+    torch.backends.cudnn.allow_tf32 = amp_dtype is not None
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

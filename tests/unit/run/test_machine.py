@@ -120,10 +120,8 @@ def test_other_errors_stay_as_they_are():
 
 
 def test_float32_means_float32_for_convolutions_too():
-    conv = torch.backends.cudnn.conv
-    previous = conv.fp32_precision
+    cudnn = torch.backends.cudnn
     set_float32_precision(None)
-    assert conv.fp32_precision == "ieee"
+    assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision != "tf32"
     set_float32_precision(torch.bfloat16)
-    assert conv.fp32_precision == "tf32"
-    conv.fp32_precision = previous
+    assert cudnn.allow_tf32 and cudnn.conv.fp32_precision == "tf32"
