@@ -159,15 +159,17 @@ def test_with_a_wrong_key_the_run_is_offline(tmp_path, data_dir, server):
 
 def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path, data_dir, server):
     env, run_dir = {"cwd": tmp_path, **server.environment}, tmp_path / "run"
-    env["WANDB_INIT_TIMEOUT"] = "10"  # the client tries again for as long; less is too little on a busy machine
+    env["WANDB_INIT_TIMEOUT"] = "20"  # the client tries again for as long; 10 was once too little on a busy machine
+    env["WANDB_HTTP_TIMEOUT"] = "60"  # for the check of the API key
     assert run_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", run_dir, **env).returncode == 0
     (deleted,) = server.runs
     server.delete(deleted)
     again = ["--resume", run_dir / "last_model.pth", "--epochs", 3]
     for flags in (["--wandb_id", deleted], ["--wandb_resume", "must"]):
         done = run_thin_main(*again, *flags, **env)
+        assert done.returncode == 2, done.stdout
         (line,) = done.stderr.strip().splitlines()
-        assert done.returncode == 2 and line.startswith("error: --wandb_id") and deleted in line
+        assert line.startswith("error: --wandb_id") and deleted in line
     done = run_thin_main(*again, **env)
     assert done.returncode == 0, done.stderr
     ((name, run),) = server.runs.items()
