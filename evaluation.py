@@ -12,7 +12,8 @@ import torch
 from calibration import adjust, fit_posthoc
 from dataset_double import eval_loader
 from engine import Engine, Outputs, build_engine
-from flags import SPLITS, is_ordinal, replaced_splits
+from flag_queries import is_ordinal, replaced_splits
+from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, index_folders
 from images.leakage import num_trained_on, subject_ids

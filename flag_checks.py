@@ -5,7 +5,8 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser, flag_of
+from flag_queries import flag_of
+from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_folder, prefixed

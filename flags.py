@@ -1,10 +1,7 @@
 """The flags of `main.py`: their names, types, choices, defaults and help."""
 
 import argparse
-import functools
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from run.cli import Parser, UserError, add_switch, boolean, number, regex
 
@@ -358,6 +355,7 @@ def _add_machine_flags(group):
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add("--amp", choices=AMP_MODES, default="auto", help="mixed precision [auto]")
     add_switch(group, "compile", False, "use torch.compile: minutes longer at the start, faster steps")
+    add_switch(group, "sync_bn", True, "several processes: batch normalization over the images of all of them")
     add(
         "--num_workers",
         type=number(int, low=0),
@@ -417,33 +415,3 @@ def default_wandb_mode() -> str:
     if mode not in WANDB_MODES:
         raise UserError(f"WANDB_MODE: {mode} is not one of {', '.join(WANDB_MODES)}")
     return mode
-
-
-# -------------------------------------------------------------------------------------------------------- queries
-
-
-@functools.cache
-def flag_of(word: str) -> str:
-    """--lr, --lr=0.1, --learning-rate, lr -> learning_rate: the flag that a word of the command line names."""
-    parser, option = build_parser(), f"--{word.removeprefix('--').partition('=')[0]}"
-    return getattr(parser._option_string_actions.get(parser.canonical(option)), "dest", option)
-
-
-def is_neutral(name: str) -> bool:
-    """Whether a flag does not change what a run learns."""
-    return name in NEUTRAL_FLAGS or name.startswith("wandb_")
-
-
-def is_ordinal(args: argparse.Namespace) -> bool:
-    """Whether the classes are ordered grades."""
-    return args.ordinal or args.train_loss == "ordinal"
-
-
-def data_folders(flags: Mapping[str, Any]) -> list[str]:
-    """-> the folders of --data_dirs, --val_dirs and --test_dirs. flags: {flag: value}."""
-    return [folder for name in FOLDER_FLAGS for folder in flags[name] or []]
-
-
-def replaced_splits(args: argparse.Namespace, trained_flags: Mapping[str, Any]) -> list[str]:
-    """-> which of val and test come from other folders than in the training. trained_flags: {flag: value} of that."""
-    return [split for split in ("val", "test") if getattr(args, f"{split}_dirs") != trained_flags[f"{split}_dirs"]]

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from dataset_double import AugmentedSkinDataset
 from explain import STRIDE, explain_predictions, overlay
-from flags import is_ordinal
+from flag_queries import is_ordinal
 from images.decode import read_image
 from model import Model
 from run.cli import UserError, first_line, progress_bar

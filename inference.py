@@ -16,7 +16,8 @@ from PIL import Image
 from calibration import PredictionSets, ValOutputs, adjust
 from engine import Engine, build_engine
 from flag_checks import check_inherited
-from flags import NOT_INHERITED, build_parser, is_ordinal
+from flag_queries import is_ordinal
+from flags import NOT_INHERITED, build_parser
 from images.decode import limit_image_size, to_square, warn_of_other_decoder
 from images.decode_ahead import DecodedBatches
 from images.device_batches import DeviceBatches

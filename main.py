@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flag_checks import parse_flags, trains_all_folds
-from flags import is_ordinal
+from flag_queries import is_ordinal
 from run.cli import UserError, end_process, run_command
 from run.folder import FOLDS_FILE
 from run.signals import Signals, Stopped

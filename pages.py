@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 
 from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
 from dataset_double import training_set
-from flags import SPLITS, build_parser, is_ordinal
+from flag_queries import is_ordinal
+from flags import SPLITS, build_parser
 from gallery import augmented_sheet, duplicate_pairs, explain_photos, heat_scale, photographs
 from images.folders import ImageIndex
 from images.leakage import DUPLICATES_FILE

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import TINY
-from flags import is_ordinal
+from flag_queries import is_ordinal
 from model import CosineHead, Model
 from run.cli import UserError, first_line
 from run.environment import commit

@@ -16,7 +16,8 @@ import torch
 
 from engine import Engine
 from flag_checks import check_inherited, parse_flags
-from flags import NOT_INHERITED, SPLITS, data_folders, replaced_splits
+from flag_queries import data_folders, replaced_splits
+from flags import NOT_INHERITED, SPLITS
 from images.cache import open_cache, read_all
 from images.decode import DECODER_VERSION, warn_of_other_decoder
 from images.folders import ImageIndex, file_stat

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from flags import SPLITS, data_folders
+from flag_queries import data_folders
+from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
 from images.layout import SPLIT_NAMES

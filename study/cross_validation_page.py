@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from charts import confusion_chart, interval_bar
-from flags import is_ordinal
+from flag_queries import is_ordinal
 from gallery import data_uris
 from images.decode import limit_image_size
 from metrics import format_with_interval

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaluation import print_metrics
 from flag_checks import parse_flags
-from flags import is_neutral, is_ordinal
+from flag_queries import is_neutral, is_ordinal
 from images.folders import index_folders
 from resume import run_folder
 from run.cli import UserError

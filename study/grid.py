@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from flag_checks import parse_flags
-from flags import flag_of
+from flag_queries import flag_of
 from run.cli import UserError
 from run.files import read_yaml
 from study.process import RESERVED_FLAGS, refuse_flags

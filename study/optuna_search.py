@@ -16,7 +16,8 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from flag_checks import with_config
-from flags import BEST_METRICS, FOLDER_FLAGS, flag_of, is_neutral
+from flag_queries import flag_of, is_neutral
+from flags import BEST_METRICS, FOLDER_FLAGS
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
 from run.files import read_rows, valid_text

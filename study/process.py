@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from flag_checks import with_config
-from flags import build_parser, flag_of
+from flag_queries import flag_of
+from flags import build_parser
 from run.cli import UserError
 from run.cores import num_cores
 from run.folder import LOCK_FILE, locked

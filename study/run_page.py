@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flags import SPLITS, data_folders
+from flag_queries import data_folders
+from flags import SPLITS
 from images.decode import limit_image_size
 from images.folders import ImageIndex, index_folders
 from inference import load

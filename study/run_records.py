@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flags import build_parser, is_neutral
+from flag_queries import is_neutral
+from flags import build_parser
 from run.cli import UserError
 from run.files import read_json, read_rows
 from run.folder import FOLDS_FILE, FOLDS_RESULTS

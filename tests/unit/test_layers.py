@@ -22,6 +22,7 @@ LAYERS = (
     ("flag_checks",),
     ("images",),
     ("metrics", "utils", "resnet_custom", "plots", "charts"),
+    ("flag_queries",),
     ("flags",),
     ("run",),
 )

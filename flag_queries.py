@@ -1,0 +1,35 @@
+"""What is asked about the flags: which flag a word names, whether one is neutral, and what several of them mean."""
+
+import argparse
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from flags import FOLDER_FLAGS, NEUTRAL_FLAGS, build_parser
+
+
+@functools.cache
+def flag_of(word: str) -> str:
+    """--lr, --lr=0.1, --learning-rate, lr -> learning_rate: the flag that a word of the command line names."""
+    parser, option = build_parser(), f"--{word.removeprefix('--').partition('=')[0]}"
+    return getattr(parser._option_string_actions.get(parser.canonical(option)), "dest", option)
+
+
+def is_neutral(name: str) -> bool:
+    """Whether a flag does not change what a run learns."""
+    return name in NEUTRAL_FLAGS or name.startswith("wandb_")
+
+
+def is_ordinal(args: argparse.Namespace) -> bool:
+    """Whether the classes are ordered grades."""
+    return args.ordinal or args.train_loss == "ordinal"
+
+
+def data_folders(flags: Mapping[str, Any]) -> list[str]:
+    """-> the folders of --data_dirs, --val_dirs and --test_dirs. flags: {flag: value}."""
+    return [folder for name in FOLDER_FLAGS for folder in flags[name] or []]
+
+
+def replaced_splits(args: argparse.Namespace, trained_flags: Mapping[str, Any]) -> list[str]:
+    """-> which of val and test come from other folders than in the training. trained_flags: {flag: value} of that."""
+    return [split for split in ("val", "test") if getattr(args, f"{split}_dirs") != trained_flags[f"{split}_dirs"]]
