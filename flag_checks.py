@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flag_queries import flag_of
+from flag_queries import flag_of, scaled_learning_rate
 from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
@@ -26,6 +26,10 @@ def parse_flags(
     parser = build_parser()
     parser.set_defaults(**(inherited or (DEMO_DEFAULTS if explicit.get("demo") else {})))
     args = parser.parse_args(argv)
+    if inherited and args.batch_size == "auto":  # was found when the run was started
+        args.batch_size = parser.get_default("batch_size")
+        if "learning_rate" in explicit:
+            args.learning_rate = scaled_learning_rate(args.learning_rate, args.batch_size)
     if "output_dir" in explicit and os.path.isdir(args.output_dir):
         args.output_dir = os.path.join(args.output_dir, "")  # with a slash: run folders are inside it
     if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (args.run_dir or args.resume):
@@ -121,6 +125,7 @@ def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag:
                 item == (action.type or str)(str(item)) and (not action.choices or item in action.choices)
                 for item in values
             )
+            is_valid = is_valid and (action.dest, value) != ("batch_size", "auto")  # a run has a number
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             is_valid = False
         if not is_valid:

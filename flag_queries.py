@@ -2,10 +2,11 @@
 
 import argparse
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from flags import FOLDER_FLAGS, NEUTRAL_FLAGS, build_parser
+from flags import BATCH_SIZE, FOLDER_FLAGS, NEUTRAL_FLAGS, build_parser
 
 
 @functools.cache
@@ -33,3 +34,13 @@ def data_folders(flags: Mapping[str, Any]) -> list[str]:
 def replaced_splits(args: argparse.Namespace, trained_flags: Mapping[str, Any]) -> list[str]:
     """-> which of val and test come from other folders than in the training. trained_flags: {flag: value} of that."""
     return [split for split in ("val", "test") if getattr(args, f"{split}_dirs") != trained_flags[f"{split}_dirs"]]
+
+
+def scaled_learning_rate(learning_rate: float, batch_size: int) -> float:
+    """-> learning_rate * sqrt(batch_size / BATCH_SIZE): the square-root rule, for `--batch_size auto`.
+
+    learning_rate: that of batches of BATCH_SIZE images. The gradient of a batch k times as large has 1/k of the
+    variance, and Adam divides by the size of the gradient (Krizhevsky 2014, section 5; Malladi et al. 2022, "On the
+    SDEs and Scaling Rules for Adaptive Gradient Algorithms", who also scale Adam's betas and epsilon; they stay here).
+    """
+    return learning_rate * math.sqrt(batch_size / BATCH_SIZE)

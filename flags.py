@@ -31,6 +31,7 @@ RESIZES = ("stretch", "crop", "pad")
 AMP_MODES = ("auto", "off", "bf16", "fp16")
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")
 WANDB_MODES = ("online", "offline", "disabled")
+BATCH_SIZE = 32  # the default; with `--batch_size auto`, `--learning_rate` is that of batches of this size
 
 DEMO_DEFAULTS = {
     "image_size": 64,
@@ -236,7 +237,13 @@ def _add_sampling_flags(group):
 def _add_training_flags(group):
     add = group.add_argument
     add("--epochs", type=number(int, low=1), default=100, metavar="N", help="number of epochs [100]")
-    add("--batch_size", type=number(int, low=1), default=32, metavar="N", help="images per batch [32]")
+    add(
+        "--batch_size",
+        type=number(int, low=1, word="auto"),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="images per batch; auto: as many as fit into the memory of the GPU, with a learning rate to match [32]",
+    )
     add("--grad_accum", type=number(int, low=1), default=1, metavar="N", help="batches per optimizer step [1]")
     add(
         "--learning_rate",

@@ -35,6 +35,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     """Train, validate and test one model. checkpoint: of the run that is resumed, or None."""
     import torch
 
+    from batch_search import resolve_batch_size
     from dataset_double import eval_loader
     from engine import RunningMetrics, build_engine
     from evaluation import evaluate_best, print_results
@@ -78,6 +79,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     # loss: from the counts of the original training images, before any oversampling
     criterion = build_loss_from_flags(args, samples_per_cls)
+    resolve_batch_size(args, device, criterion, samples_per_cls)
 
     # schedule: only now are the training images oversampled
     stages = plan_stages(args, splits["train"], criterion, device)

@@ -58,7 +58,9 @@ def open_run(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[tuple[ar
             checkpoint = load_checkpoint(path)
         if checkpoint:
             inherited = inherited_flags(checkpoint, path, args, run_dir)
-            args = parse_flags(argv, inherited, checkpoint_is_known=True)
+            was_auto, args = args.batch_size == "auto", parse_flags(argv, inherited, checkpoint_is_known=True)
+            if was_auto:
+                print(f"--batch_size auto: {args.batch_size} images, as in the checkpoint")
         elif args.auto_resume:
             args = parse_flags(argv, checkpoint_is_known=True)
         args.resume, args.run_dir = path and str(path), str(run_dir)

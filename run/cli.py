@@ -296,11 +296,18 @@ def _items_of(text):
 
 
 def number(
-    cast: type, low: float = -math.inf, high: float = math.inf, below: float = math.inf, above: float = -math.inf
+    cast: type,
+    low: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+    above: float = -math.inf,
+    word: str | None = None,
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite number, low <= number <= high, above < number < below."""
+    """An argparse type: a finite number, low <= number <= high, above < number < below; or `word`, as it is."""
 
     def parse(text):
+        if text == word:
+            return text
         value = cast(text) if cast is not int else _whole_number(text)
         if not (math.isfinite(value) and low <= value <= high and above < value < below):
             bounds = {"at least": low, "at most": high, "below": below, "above": above}

@@ -21,6 +21,10 @@ OUT_OF_MEMORY = (
 )
 
 
+class OutOfMemory(UserError):
+    """The memory of the GPU is too small. Its cause is the error of torch."""
+
+
 def choose_device(name: str) -> torch.device:
     """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
     tests = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
@@ -125,7 +129,7 @@ def name_hardware_errors() -> Iterator[None]:
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [""]
         if full := out_of_memory_reason(error):
-            raise UserError(
+            raise OutOfMemory(
                 "--batch_size: the memory of the GPU is too small; halve it and double --grad_accum to get the same "
                 f"steps ({full})"
             ) from error

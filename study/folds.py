@@ -42,6 +42,10 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
                 print(f"fold {fold} of {args.folds}")
                 name = f"{args.wandb_name or folder.name}_fold_{fold}"
                 fold_flags = ["--fold", str(fold), "--run_dir", str(run_dir), "--wandb_name", name, "--auto_resume"]
+                if run_args.batch_size == "auto" and fold:  # all folds are trained alike
+                    found = read_json(run_dirs[0] / "args.json")
+                    for flag in ("batch_size", "learning_rate"):
+                        fold_flags += [f"--{flag}", str(found[flag])]
                 with log_scope():
                     status = run_fold([*argv, *fold_flags], resume_hint=resume_hint)
                 if status:

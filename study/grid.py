@@ -75,9 +75,14 @@ def with_epochs(flags: str, epochs: int) -> list[str]:
 def check_flags(main_flags: list[str], grid: Mapping[str, str], epochs: int) -> None:
     """Raise UserError for flags of main.py that cannot be, on the command line or of a method."""
     refuse_flags(main_flags, NOT_PASSED_ON)
-    parse_flags([*common_flags(main_flags), "--epochs", str(epochs)])
+    _check_batch_size(parse_flags([*common_flags(main_flags), "--epochs", str(epochs)]))
     for name, flags in grid.items():
         try:
-            parse_flags([*common_flags(main_flags), *with_epochs(flags, epochs)])
+            _check_batch_size(parse_flags([*common_flags(main_flags), *with_epochs(flags, epochs)]))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+
+
+def _check_batch_size(args):
+    if args.batch_size == "auto":
+        raise UserError("--batch_size: methods are compared after equally many steps; name a number instead of auto")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flag_checks import parse_flags, with_config
+from flag_checks import check_inherited, parse_flags, with_config
 from run.cli import UserError
 
 
@@ -79,6 +79,18 @@ def test_explicit_flags_win_over_inherited_ones(checkpoint):
     inherited = {"gamma": 3.0, "beta": 0.9, "data_dirs": ["data"]}
     args = parse_flags(["--resume", checkpoint, "--gamma", "1"], inherited, checkpoint_is_known=True)
     assert (args.gamma, args.beta) == (1.0, 0.9)
+
+
+@pytest.mark.parametrize("flags", ["--eval_only", "--epochs 5"])
+def test_a_resumed_run_keeps_the_batch_size_that_it_found(flags, checkpoint):
+    command = ["--resume", checkpoint, "--batch_size", "auto", *flags.split()]
+    inherited = {"batch_size": 128, "learning_rate": 2e-4}
+    args = parse_flags(command, inherited, checkpoint_is_known=True)
+    assert (args.batch_size, args.learning_rate) == (128, 2e-4)
+    args = parse_flags([*command, "--lr", "1e-3"], inherited, checkpoint_is_known=True)  # that of 32 images
+    assert (args.batch_size, args.learning_rate) == (128, 2e-3)
+    with pytest.raises(UserError, match=r"last_model.pth has been altered: its --batch_size is 'auto'"):
+        check_inherited({"batch_size": "auto"}, checkpoint)
 
 
 def test_folders_become_absolute_paths(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from helpers import ROOT
 LAYERS = (
     ("main", "predict", "export", "search", "ablate", "report", "bench"),
     ("study",),
-    ("evaluation", "inference", "portable", "resume"),
+    ("evaluation", "inference", "portable", "resume", "batch_search"),
     ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),

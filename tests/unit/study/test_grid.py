@@ -42,3 +42,11 @@ def test_the_default_methods_differ_in_what_they_claim():
         assert args.augment_all and args.wandb_mode == "disabled"
         assert args.use_augmentation == ("oversampling" in name or "augmented" in name)
         assert (args.train_loss == "cb") == (name in ("CB focal", "CB focal + oversampling"))
+
+
+def test_methods_are_not_compared_with_batch_sizes_of_their_own():
+    auto, common = "--batch_size auto", ["--data_dirs", str(ROOT)]
+    with pytest.raises(UserError, match=r"^--batch_size: .* name a number instead of auto$"):
+        check_flags([*common, *auto.split()], {"plain": ""}, epochs=3)
+    with pytest.raises(UserError, match=r"^large: --batch_size"):
+        check_flags(common, {"plain": "", "large": auto}, epochs=3)
