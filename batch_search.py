@@ -18,6 +18,7 @@ from run.machine import (
     random_state,
     restore_random_state,
 )
+from run.ranks import alone, gather, num_ranks
 from schedule import Stage, build_optimizer
 
 SEARCHED = ("cuda",)  # kinds of devices whose memory runs out; that of a CPU or of MPS swaps to the disk instead
@@ -32,17 +33,22 @@ def resolve_batch_size(
 ) -> None:
     """Replace `--batch_size auto` in `args` by a number, and the learning rate by that for it; print one line.
 
-    A number is left as it is. samples_per_cls: (C,) counts of the original training images; with the same counts, all
-    methods of oversampling have the same upper limit. Raises UserError if not even SMALLEST images fit.
+    A number is left as it is. Of several ranks, which search for themselves, the one with the least memory decides.
+    samples_per_cls: (C,) counts of the original training images; with the same counts, all methods of oversampling have
+    the same upper limit. Raises UserError if not even SMALLEST images fit.
     """
     if args.batch_size != "auto":
         return
     if device.type in SEARCHED:
         limit = batch_limit(sum(samples_per_cls), args.grad_accum)
-        args.batch_size = largest_batch(args, device, criterion, len(samples_per_cls), limit)
+        with alone():
+            share = max(SMALLEST, limit // num_ranks())
+            size = largest_batch(args, device, criterion, len(samples_per_cls), share)
+        args.batch_size = num_ranks() * min(gather(size))
         why = _why_not_more(2 * args.batch_size, limit)
     else:
-        args.batch_size, why = BATCH_SIZE, f"there is nothing to search on {device.type}: its memory swaps"
+        args.batch_size = max(1, BATCH_SIZE // num_ranks()) * num_ranks()
+        why = f"there is nothing to search on {device.type}: its memory swaps"
     rate = args.learning_rate
     args.learning_rate = scaled_learning_rate(rate, args.batch_size)
     print(

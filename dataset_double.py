@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from flags import AUGMENTATIONS
 from images.augment import IDENTITY, augment, draw_parameters
 from images.decode import image_size_limit, limit_image_size, read_image
 from images.folders import ImageIndex
 from run.cores import num_cores
+from run.ranks import num_ranks, num_ranks_here, share_of
 from run.workers import affordable_workers, begin_worker
 
 
@@ -109,11 +110,11 @@ class AugmentedSkinDataset(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """-> (images (N, 3, image_size, image_size) uint8, targets (N,) int64[, parameters (N, 9) float32])."""
-        sources = self.sources[np.asarray(positions) % len(self.sources)]
+        sources = self.sources[np.asarray(positions, dtype=np.int64) % len(self.sources)]
         parameters = [self.parameters(position) for position in positions]
         if self.on_device:
             images, targets = self.originals.__getitems__(sources)
-            return images, targets, torch.tensor(parameters, dtype=torch.float32)
+            return images, targets, torch.tensor(parameters, dtype=torch.float32).reshape(-1, len(IDENTITY))
         size = self.originals.image_size
         batch = np.empty((len(positions), size, size, 3), np.uint8)
         for pixels, source, image_parameters in zip(batch, sources, parameters, strict=True):
@@ -183,6 +184,29 @@ class ClassSampler(EpochSampler):
         yield from rng.permutation(np.concatenate(positions))[self.skipped :].tolist()
 
 
+class RankBatches(BatchSampler):
+    """This rank's part of each batch of an epoch; with a single rank, the whole batch.
+
+    A part may be empty in the last batch. with_partner: on several ranks, each part has one position more in front: the
+    image with which a `Mixer` mixes its first one.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, with_partner: bool = False):
+        """batch_size: images of all ranks."""
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.with_partner = with_partner and num_ranks() > 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            start, stop = share_of(len(batch))
+            yield batch[start - 1 :][:1] + batch[start:stop] if self.with_partner else batch[start:stop]
+
+    def sizes(self) -> Iterator[int]:
+        """The number of images of all ranks in each batch."""
+        for start in range(0, len(self.sampler), self.batch_size):
+            yield min(self.batch_size, len(self.sampler) - start)
+
+
 def training_set(
     index: ImageIndex, args: argparse.Namespace, *, use_augmentation: bool, sampling: str, on_device: bool = False
 ) -> DoubleSkinDataset | AugmentedSkinDataset:
@@ -214,11 +238,15 @@ def eval_loader(index: ImageIndex, args: argparse.Namespace, device: torch.devic
 def _loader(dataset, index, batch_size, args, device, sampler=None):
     workers, on_gpu = args.num_workers, device.type == "cuda"
     if workers is None:  # a thread copies images from the cache faster than processes
-        workers = min(8, num_cores()) if on_gpu and not index.is_cached else 0
+        workers = min(8, max(1, num_cores() // num_ranks_here())) if on_gpu and not index.is_cached else 0
     image_bytes = 3 * args.image_size**2 + 8 + 4 * len(IDENTITY)  # pixels, target, parameters of the augmentation
-    for_training, for_evaluation = affordable_workers(workers, image_bytes, args.batch_size, args.grad_accum)
-    workers = for_training if sampler else for_evaluation
-    return make_loader(dataset, batch_size, sampler=sampler, seed=args.seed, num_workers=workers, pin_memory=on_gpu)
+    # the ranks of a machine share its memory: together they are like one rank with all their workers
+    rank_batch = args.batch_size // num_ranks()
+    affordable = affordable_workers(workers * num_ranks_here(), image_bytes, rank_batch, args.grad_accum)
+    workers = affordable[0 if sampler else 1] // num_ranks_here()
+    with_partner = bool(args.mixup or args.cutmix)
+    settings = {"seed": args.seed, "num_workers": workers, "pin_memory": on_gpu}
+    return make_loader(dataset, batch_size, sampler=sampler, with_partner=with_partner, **settings)
 
 
 def make_loader(
@@ -226,19 +254,24 @@ def make_loader(
     batch_size: int,
     *,
     sampler: EpochSampler | None = None,
+    with_partner: bool = False,
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
     """Batches as the dataset returns them: (images (N, 3, S, S) uint8, targets (N,) int64[, parameters (N, 9)]).
 
-    sampler: call its `set_epoch` before each epoch; None: every image in the order of the index.
+    batch_size: of all ranks together. sampler: call its `set_epoch` before each epoch; None: this rank's share of the
+    images, in the order of the index. with_partner: see `RankBatches`.
     """
+    if sampler:
+        batches = RankBatches(sampler, batch_size, with_partner)
+    else:
+        batches = BatchSampler(range(*share_of(len(dataset))), batch_size // num_ranks(), drop_last=False)
     limit_size = functools.partial(limit_image_size, image_size_limit())  # a worker that is not forked starts without
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_identity,  # the datasets return whole batches
         pin_memory=pin_memory,

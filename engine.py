@@ -1,10 +1,12 @@
 """One epoch of training and one pass of evaluation, on any device; they share their batches and forward pass."""
 
 import argparse
+import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from images.device_batches import DeviceBatches
 from model import Model
 from run.cli import UserError, progress_bar
 from run.machine import memory_format, name_hardware_errors, resolve_amp, set_float32_precision
+from run.ranks import gather, num_ranks, share_tensors, sum_over_ranks
 
 CHECK_EVERY = 10  # steps between two checks of the loss
 
@@ -65,10 +68,15 @@ class Engine:
     compiled_batch: int = 0
     mixer: Mixer | None = None
     ema: float = 0.0  # decay of the averaged weights, which are evaluated instead, 0: no average
+    sync_bn: bool = True  # with several ranks, batch norm over the images of all of them
 
     def __post_init__(self):
         self.model.to(self.device, memory_format=memory_format(self.device))
         self.criterion.to(self.device)
+        if num_ranks() > 1:
+            from parallel import prepare  # not every build of torch has torch.distributed
+
+            prepare(self.model, self.device, self.sync_bn)
         self.average = MovingAverage(self.model, self.ema) if self.ema else None
         if self.compiled_batch:
             self.model.compile(dynamic=False)
@@ -76,6 +84,15 @@ class Engine:
                 self.average.model.compile(dynamic=False)
         # scales the loss in float16 only, where small gradients would vanish
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+
+    @functools.cached_property
+    def trained(self) -> torch.nn.Module:
+        """The model as it is called in training: with several ranks, its gradients are averaged over them."""
+        if num_ranks() == 1:
+            return self.model
+        from parallel import average_gradients
+
+        return average_gradients(self.model)
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -86,9 +103,9 @@ class Engine:
         """images: (N, 3, H, W) on this device, as `Model` takes them -> logits: (N, C) float32."""
         images = images.contiguous(memory_format=memory_format(self.device))
         is_odd = self.compiled_batch and len(images) != self.compiled_batch * (1 if model.training else 2)
-        compute = model.forward if is_odd else model  # `compile` leaves the method itself as it was
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return compute(images).float()
+        precision = torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+        with precision, torch.compiler.set_stance("force_eager") if is_odd else nullcontext():
+            return model(images).float()
 
     def retrain_head(self, reset: bool) -> None:
         """Classifier re-training (Kang et al. 2020): train only the head from now on, on the evaluated backbone.
@@ -103,6 +120,7 @@ class Engine:
             for parameter in self.model.head.parameters():
                 self.optimizer.state.pop(parameter, None)
         self.model.freeze_backbone()
+        self.__dict__.pop("trained", None)  # fewer gradients
 
     def load_initial_weights(
         self, state_dict: dict, weight_classes: Sequence[str] | None, classes: Sequence[str]
@@ -141,7 +159,8 @@ class Engine:
         seconds_before = running_metrics.seconds
         started = time.perf_counter()
         bar = progress_bar(batches, f"epoch {running_metrics.epoch}")
-        for step_batches in batched(bar, self.grad_accum):
+        whole_sizes = loader.batch_sampler.sizes() if num_ranks() > 1 else itertools.repeat(None)
+        for step_batches in batched(zip(bar, whole_sizes, strict=False), self.grad_accum):
             self._step(step_batches, running_metrics, image_size)
             running_metrics.seconds = seconds_before + time.perf_counter() - started
             if running_metrics.unchecked >= CHECK_EVERY:
@@ -164,15 +183,23 @@ class Engine:
         }
 
     def _step(self, batches, running_metrics, image_size):
-        """One optimizer step with the mean gradient over all images of `batches`. Never waits for a GPU."""
+        """One optimizer step with the mean gradient over all images of `batches`. Never waits for a GPU.
+
+        batches: [((images, targets) of this rank, number of images of all ranks; None: those of this one)].
+        """
         running_metrics.learning_rate = self.optimizer.param_groups[0]["lr"]
         running_metrics.steps += 1
-        group_size = sum(len(targets) for _, targets in batches)
+        batches = [(images, targets, len(targets) if whole is None else whole) for (images, targets), whole in batches]
+        group_size = sum(whole for *_, whole in batches)
         self.optimizer.zero_grad(set_to_none=True)
-        for images, targets in batches:
-            logits, loss = self._logits_and_loss(resize(images, image_size) if image_size else images, targets)
-            self.scaler.scale(loss * (len(targets) / group_size)).backward()
-            running_metrics.add(loss, logits, targets)
+        for number, (images, targets, whole) in enumerate(batches, start=1):
+            is_last = number == len(batches)  # only then are gradients averaged over the ranks
+            with nullcontext() if num_ranks() == 1 or is_last else self.trained.no_sync():
+                images = resize(images, image_size) if image_size else images
+                logits, targets, loss = self._logits_and_loss(images, targets, whole)
+                # the mean over the ranks divides by their number
+                self.scaler.scale(loss * (len(targets) * num_ranks() / group_size)).backward()
+            running_metrics.add(loss, logits, targets, whole)
         if self.clip_grad:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -182,14 +209,21 @@ class Engine:
         if self.average:
             self.average.update()
 
-    def _logits_and_loss(self, images, targets):
+    def _logits_and_loss(self, images, targets, whole):
+        """-> logits (N, C), targets (N,), mean loss. With several ranks and a mixer, the first of `images` is the
+        partner of the second, and not one of the N. whole: the number of images of all ranks."""
+        if num_ranks() > 1:
+            self.model.dropout.total = whole
         if self.mixer is None:
-            logits = self.forward(self.model, images)
-            return logits, self.criterion(logits, targets)
+            logits = self.forward(self.trained, images)
+            return logits, targets, self.criterion(logits, targets) if len(targets) else logits.sum()
         images, share = self.mixer(self.model.normalize(images))
-        logits = self.forward(self.model, images)
-        others = targets.roll(1)
-        return logits, share * self.criterion(logits, targets) + (1 - share) * self.criterion(logits, others)
+        first = 1 if num_ranks() > 1 else 0
+        images, targets, others = images[first:], targets[first:], targets.roll(1)[first:]
+        logits = self.forward(self.trained, images)
+        if not len(targets):  # of the last batch, other ranks have all images
+            return logits, targets, logits.sum()
+        return logits, targets, share * self.criterion(logits, targets) + (1 - share) * self.criterion(logits, others)
 
     @torch.inference_mode()
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -201,13 +235,13 @@ class Engine:
     def evaluate(
         self, loader: DataLoader, name: str, after_batch: Callable[[], None] | None = None, mirrored: bool = False
     ) -> Outputs:
-        """Evaluate each image once.
+        """Evaluate each image once; on several ranks, each evaluates a part, and all get the outputs of all.
 
         after_batch: called after each batch; it may raise to leave. mirrored: test-time augmentation, the mean logits
         of each image and its mirror image. Raises UserError if the loss is not finite.
         """
-        model = self.evaluated.eval()
-        batches = []
+        model, batches = self.evaluated.eval(), []
+        share_tensors(model.buffers())  # without sync_bn, each rank has its own statistics
         for images, targets in progress_bar(DeviceBatches(loader, self.device, after_batch), name):
             logits = self.forward(model, images)
             if mirrored:
@@ -216,8 +250,10 @@ class Engine:
             batches.append((logits, targets.clone()))
             if after_batch:
                 after_batch()
-        logits = torch.cat([logits for logits, _ in batches])
-        targets = torch.cat([targets for _, targets in batches])
+        if after_batch:
+            for _ in range(max(gather(len(batches))) - len(batches)):  # equally often on all ranks, see `agree`
+                after_batch()
+        logits, targets = (cat_over_ranks(tensors) for tensors in (zip(*batches, strict=True) if batches else ((), ())))
         loss = self.loss_of(logits, targets)
         if not math.isfinite(loss):
             raise UserError(
@@ -240,10 +276,20 @@ def build_engine(
         amp_dtype,
         clip_grad=args.clip_grad,
         grad_accum=args.grad_accum,
-        compiled_batch=args.batch_size if args.compile else 0,
+        compiled_batch=args.batch_size // num_ranks() if args.compile else 0,
         mixer=Mixer(args.mixup, args.cutmix) if args.mixup or args.cutmix else None,
         ema=0 if args.eval_only else args.ema,
+        sync_bn=args.sync_bn,
     )
+
+
+def cat_over_ranks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """-> the rows of all ranks' tensors, in the order of the ranks. A rank may have none, but not all."""
+    own = torch.cat(tensors) if tensors else None
+    if num_ranks() == 1:
+        return own
+    parts = gather(None if own is None else own.cpu().numpy())
+    return torch.from_numpy(np.concatenate([part for part in parts if part is not None]))
 
 
 def batched(iterable: Iterable, size: int) -> Iterator[list]:
@@ -289,10 +335,15 @@ class RunningMetrics:
         """Batches since the last check."""
         return len(self._unchecked)
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        self._unchecked.append((loss.detach(), len(targets)))
-        self.correct += (logits.detach().argmax(dim=1) == targets).sum()
-        self.images += len(targets)
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, whole: int) -> None:
+        """Add a batch. loss: scalar; logits: (N, C); targets: (N,); whole: the number of images of all ranks."""
+        loss, correct = loss.detach(), (logits.detach().argmax(dim=1) == targets).sum()
+        if num_ranks() > 1:
+            sums = sum_over_ranks(torch.stack([loss.float() * (len(targets) / whole), correct.float()]))
+            loss, correct = sums[0], sums[1].long()
+        self._unchecked.append((loss, whole))
+        self.correct += correct
+        self.images += whole
 
     def check(self, last: bool = False) -> float:
         """-> mean loss up to the previous check, or of the whole epoch if it is the `last` one.

@@ -17,7 +17,7 @@ from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.folders import ImageIndex, check_duplicates, index_folders
 from images.leakage import num_trained_on, subject_ids
-from images.splits import find_images, paths_by_split
+from images.splits import find_images, on_all_ranks, paths_by_split
 from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import write_report
@@ -27,6 +27,7 @@ from run.files import printable, write_json, write_predictions
 from run.log import start_log
 from run.machine import name_hardware_errors
 from run.progress import Progress
+from run.ranks import from_first, is_first
 from run.saver import BEST
 from schedule import build_loss_from_flags
 
@@ -45,10 +46,12 @@ def evaluate_best(
     -> see `evaluate_splits`
     """
     run_dir = Path(args.run_dir)
-    best = load_checkpoint(run_dir / BEST)
+    best = from_first(lambda: load_checkpoint(run_dir / BEST), "reads the best model")
     engine.evaluated.load_state_dict(best["model_state_dict"])
     evaluated = {split: splits[split] for split in ("val", "test")}
     results, probabilities = evaluate_splits(engine, evaluated, args, best, outputs or {})
+    if not is_first():
+        return results, probabilities
     best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
     targets, val_probabilities = splits["val"].targets, probabilities["val"]
     best["val_outputs"] = {
@@ -61,7 +64,7 @@ def evaluate_best(
 def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> None:
     """`--eval_only`: evaluate the model of a checkpoint and write everything to the run folder."""
     run_dir = Path(args.run_dir)
-    splits = splits_to_evaluate(args, checkpoint)
+    splits = on_all_ranks(lambda: splits_to_evaluate(args, checkpoint), args)
     criterion = build_loss_from_flags(args, checkpoint["samples_per_cls"])
     engine = build_engine(args, device, criterion, len(checkpoint["classes"]))
     try:
@@ -69,11 +72,14 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict, device: torch.devi
             engine.model.load_state_dict(checkpoint["model_state_dict"])
     except RuntimeError as error:
         raise weights_do_not_fit(args.resume, error) from error
-    start_log(run_dir)
-    write_environment(run_dir, device, Progress(history=checkpoint["history"]).hours_trained())
-    write_json(run_dir / "args.json", vars(args))
-    write_json(run_dir / "splits.json", paths_by_split(splits))
+    if is_first():
+        start_log(run_dir)
+        write_environment(run_dir, device, Progress(history=checkpoint["history"]).hours_trained())
+        write_json(run_dir / "args.json", vars(args))
+        write_json(run_dir / "splits.json", paths_by_split(splits))
     results, probabilities = evaluate_splits(engine, splits, args, checkpoint, {})
+    if not is_first():
+        return
     write_json(run_dir / "results.json", results)
     print_results(results, run_dir)
     write_report(run_dir, splits, probabilities, engine.evaluated)
@@ -89,7 +95,7 @@ def evaluate_splits(
     """Evaluate the model of `checkpoint`, which `engine` has, on each split; write predictions and confusion matrix.
 
     What is fitted after training is taken from the checkpoint, or fitted on the validation images. outputs: see
-    `evaluate_best`. -> (content of results.json, {split: probabilities (N, C)})
+    `evaluate_best`. -> (content of results.json, {split: probabilities (N, C)}), both empty on all ranks but the first
     """
     run_dir, classes, samples_per_cls = Path(args.run_dir), splits["test"].classes, checkpoint["samples_per_cls"]
     subjects, ordinal = subjects_by_split(splits, args, checkpoint["args"]), is_ordinal(args)
@@ -99,15 +105,23 @@ def evaluate_splits(
         metrics = full_metrics(targets, probs, classes, samples_per_cls, ordinal, subjects[split])
         return {"loss": loss, **metrics}
 
+    outputs, mirrored = dict(outputs), {}
+    for split, index in splits.items():  # what all ranks compute together
+        loader = eval_loader(index, args, engine.device)
+        outputs[split] = outputs.get(split) or engine.evaluate(loader, split)
+        if args.tta:
+            mirrored[split] = engine.evaluate(loader, f"{split}, mirrored", mirrored=True)
+    if not is_first():
+        return {}, {}
+
     results, probabilities = {"evaluated_epoch": checkpoint["epoch"], "best_epoch": checkpoint["best_epoch"]}, {}
     for split, index in splits.items():
-        loader = eval_loader(index, args, engine.device)
-        loss, probabilities[split], targets = outputs.get(split) or engine.evaluate(loader, split)
+        loss, probabilities[split], targets = outputs[split]
         results[split] = split_metrics(split, loss, probabilities[split])
         write_predictions(run_dir / f"{split}_predictions.csv", index.paths, targets, probabilities[split], classes)
         if args.tta:
-            loss, mirrored, _ = engine.evaluate(loader, f"{split}, mirrored", mirrored=True)
-            results.setdefault("tta", {})[split] = split_metrics(split, loss, mirrored)
+            loss, probs, _ = mirrored[split]
+            results.setdefault("tta", {})[split] = split_metrics(split, loss, probs)
     fitted = checkpoint["posthoc"]
     if not fitted and "val" in splits:
         metric = checkpoint["best_metric_name"].removeprefix("val_")

@@ -10,6 +10,7 @@ from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_L
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_folder, prefixed
+from run.ranks import num_ranks
 
 
 def parse_flags(
@@ -53,6 +54,8 @@ def parse_flags(
         raise UserError(f"--run_dir: {args.run_dir} already exists; name a new folder or add --auto_resume")
     if is_complete:
         _check_shares(args)
+        if args.batch_size != "auto" and args.batch_size % num_ranks():
+            raise UserError(f"--batch_size: {args.batch_size} images cannot be divided among {num_ranks()} processes")
         if not inherited:
             _check_folders(args)
     return args

@@ -18,6 +18,7 @@ from flag_checks import parse_flags, trains_all_folds
 from flag_queries import is_ordinal
 from run.cli import UserError, end_process, run_command
 from run.folder import FOLDS_FILE
+from run.ranks import check_restart, hand_out, num_ranks, num_ranks_here, run_together
 from run.signals import Signals, Stopped
 from run.workers import end_workers
 
@@ -41,7 +42,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from evaluation import evaluate_best, print_results
     from images.demo import write_demo_data
     from images.leakage import warn_of_near_duplicates
-    from images.splits import make_splits, paths_by_split, print_class_table
+    from images.splits import make_splits, on_all_ranks, paths_by_split, print_class_table
     from model import initial_weights
     from pages import write_report
     from plots import plot_curves
@@ -50,6 +51,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from run.files import write_history, write_json
     from run.log import start_log
     from run.progress import Progress, print_epoch
+    from run.ranks import from_first, is_first
     from run.saver import BEST, Saver
     from schedule import (
         build_loss_from_flags,
@@ -63,15 +65,16 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     run_dir = Path(args.run_dir)
     # before the data, so that a missing file of weights is reported at once
-    weights = None if checkpoint else initial_weights(args)
+    weights = None if checkpoint else from_first(lambda: initial_weights(args), "reads the weights")
 
     # data: index the images, check and cache them, split
-    if args.demo:
+    if args.demo and is_first():
         args.data_dirs = [write_demo_data(run_dir / "demo_data", args.seed)]
         args.cache_dir = args.cache_dir or str(run_dir / "demo_cache")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
-    splits = restore_splits(args, checkpoint) if checkpoint else make_splits(args)
+    read = functools.partial(restore_splits, args, checkpoint) if checkpoint else functools.partial(make_splits, args)
+    splits = on_all_ranks(read, args)
     classes, samples_per_cls = splits["train"].classes, splits["train"].counts()
     print_class_table(splits, args.beta, args.group_regex)
     if is_ordinal(args):
@@ -94,13 +97,14 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         progress, epoch_state = restore(engine, checkpoint, args, stages)
     elif weights:
         engine.load_initial_weights(*weights, classes)
-    start_log(run_dir)
-    write_environment(run_dir, device, progress.hours_trained())
-    write_json(run_dir / "args.json", vars(args))
-    write_json(run_dir / "splits.json", paths_by_split(splits))
-    write_history(run_dir / "history.csv", progress.history)
-    if not checkpoint:
-        warn_of_near_duplicates(splits, run_dir)
+    if is_first():
+        start_log(run_dir)
+        write_environment(run_dir, device, progress.hours_trained())
+        write_json(run_dir / "args.json", vars(args))
+        write_json(run_dir / "splits.json", paths_by_split(splits))
+        write_history(run_dir / "history.csv", progress.history)
+        if not checkpoint:
+            warn_of_near_duplicates(splits, run_dir)
     precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 
@@ -118,12 +122,14 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
+                row = from_first(lambda row=row: row, "validates")  # all ranks decide alike
                 improved = progress.add_epoch(row, args.best_metric)
                 if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
                 print_epoch(row, args.epochs, improved, progress.seconds_left(args.epochs))
                 saver.after_epoch(improved)
-                write_environment(run_dir, device, progress.hours_trained())
+                if is_first():
+                    write_environment(run_dir, device, progress.hours_trained())
                 wandb_run.log_epoch(row, progress)  # what is logged is saved: no epoch is logged twice
             saver.finish()
         end_workers()
@@ -131,6 +137,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         # best model: test it, write plots, results and the report
         engine.criterion = criterion
         results, probabilities = evaluate_best(engine, splits, args, best_outputs)
+        if not is_first():
+            return
         changes = [stage.start for stage in stages[1:]]
         plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"], changes)
         wandb_run.log_results(progress, results, splits["test"], probabilities["test"], run_dir / BEST)
@@ -154,7 +162,7 @@ def train_and_validate(
     from schedule import progressive_size
 
     epoch = running_metrics.epoch
-    stage.loader.sampler.set_epoch(epoch, skipped=running_metrics.images)
+    stage.loader.batch_sampler.sampler.set_epoch(epoch, skipped=running_metrics.images)
     if isinstance(stage.loader.dataset, AugmentedSkinDataset):
         stage.loader.dataset.set_epoch(epoch)
     engine.criterion = stage.criterion
@@ -181,8 +189,8 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
     run_args = None  # all flags of the run, once its checkpoint is read
     try:
         args = parse_flags(argv)
+        check_restart(args.auto_resume)
         with signals.deferred():  # torch aborts the process if a signal raises while it is imported
-            import evaluation
             from resume import how_to_resume, is_finished, open_run
 
         if trains_all_folds(args):
@@ -194,16 +202,11 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
                 f"--run_dir: {args.run_dir} is the folder of a cross-validation; resume it with its --folds"
             )
         with open_run(args, argv) as (run_args, checkpoint):
-            device = prepare_process(run_args)
-            try:
-                if run_args.eval_only:
-                    evaluation.evaluate_only(run_args, checkpoint, device)
-                elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
-                    print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
-                else:
-                    train(run_args, checkpoint, device, signals)
-            finally:
-                end_workers()
+            if run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
+                print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
+            else:
+                hand_out((run_args, checkpoint))
+                run_rank((run_args, checkpoint), signals)
     except Stopped as stop:
         if resume_hint is None:
             resume_hint = how_to_resume(run_args, argv, signals.saved) if run_args else ""
@@ -214,6 +217,22 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
             signal.raise_signal(stop.number)
         return stop.status
     return 0
+
+
+def run_rank(job: tuple[argparse.Namespace, dict | None], signals: Signals) -> None:
+    """What each rank does. job: all flags of the run, and the checkpoint from which it continues."""
+    args, checkpoint = job
+    with signals.deferred():
+        import evaluation
+
+    device = prepare_process(args)
+    try:
+        if args.eval_only:
+            evaluation.evaluate_only(args, checkpoint, device)
+        else:
+            train(args, checkpoint, device, signals)
+    finally:
+        end_workers()
 
 
 def prepare_process(args: argparse.Namespace) -> "torch.device":
@@ -227,14 +246,20 @@ def prepare_process(args: argparse.Namespace) -> "torch.device":
     if __name__ == "__main__":
         keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # a container may have fewer than the machine
+    if num_ranks() > 1:  # torchrun gives each one thread
+        torch.set_num_threads(max(torch.get_num_threads(), num_cores() // num_ranks_here()))
     limit_image_size(args.max_megapixels)
     return choose_device(args.device)
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0 done, 2 a mistake of the user, 130 / 143 / 129 stopped by Ctrl-C / SIGTERM / SIGHUP"""
+
+    def run_together_on(argv):
+        return run_together(lambda: run(argv, signals), functools.partial(run_rank, signals=signals))
+
     with Signals() as signals:
-        return run_command(functools.partial(run, signals=signals), argv)
+        return run_command(run_together_on, argv, in_several_processes=True)
 
 
 if __name__ == "__main__":

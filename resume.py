@@ -1,6 +1,7 @@
 """Which checkpoint a run continues from, which flags it inherits, and how everything is restored."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,7 +28,9 @@ from run.cli import Damaged, UserError
 from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
 from run.machine import name_hardware_errors, random_state, restore_random_state
 from run.progress import Progress
+from run.ranks import from_first, is_first
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
+from run.surroundings import launched_by_torchrun
 from schedule import Stage, last_stage_start, steps_before
 
 # flags that name a folder to write to: a checkpoint from elsewhere must not choose one
@@ -155,12 +158,13 @@ def how_to_resume(args: argparse.Namespace, argv: Sequence[str], was_saved: bool
         return ""
     if args.auto_resume:
         return "; resume with the same command"
+    start = ["torchrun", "...", "main.py"] if launched_by_torchrun() else ["python", "main.py"]
     if not was_saved:
-        same_command = shlex.join(["python", "main.py", *argv])
+        same_command = shlex.join([*start, *argv])
         return f"; resume with: {same_command}" if args.resume else "; nothing was saved yet"
     outside = [name for name in WRITTEN_TO if getattr(args, name) and not is_inside(getattr(args, name), args.run_dir)]
     flags = [word for name in outside for word in (f"--{name}", getattr(args, name))]
-    return f"; resume with: {shlex.join(['python', 'main.py', '--resume', str(Path(args.run_dir, LAST)), *flags])}"
+    return f"; resume with: {shlex.join([*start, '--resume', str(Path(args.run_dir, LAST)), *flags])}"
 
 
 # -------------------------------------------------------------------------------------------------------- the state
@@ -224,7 +228,7 @@ def restore(
 
     Flags that are given again win over those of the checkpoint.
     """
-    if args.auto_resume and Path(args.resume).name == PREVIOUS:
+    if is_first() and args.auto_resume and Path(args.resume).name == PREVIOUS:
         set_damaged_aside(args.run_dir)
     epoch_state, trained_flags = checkpoint["position"], checkpoint["args"]
     names = (*ORDER_FLAGS, "epochs") if args.sampling == "progressive" or args.crt_epochs else ORDER_FLAGS
@@ -256,7 +260,8 @@ def restore(
     for group, factor in zip(engine.optimizer.param_groups, engine.scheduler.lr_lambdas, strict=True):
         group["weight_decay"] = args.weight_decay
         group["lr"] = args.learning_rate * factor(engine.scheduler.last_epoch)
-    best_metric, best_epoch = reconcile_best_model(checkpoint, args.resume, args.run_dir)
+    reconcile = functools.partial(reconcile_best_model, checkpoint, args.resume, args.run_dir)
+    best_metric, best_epoch = from_first(reconcile, "reads the best model")
     return Progress(checkpoint["epoch"], best_metric, best_epoch, checkpoint["history"]), epoch_state
 
 

@@ -149,7 +149,7 @@ def print_stages(stages: list[Stage], num_originals: int) -> None:
     """Print what each stage does about imbalance, in words. num_originals: number of training images."""
     for stage in stages:
         when = f", epochs {stage.start} to {stage.end - 1}" if len(stages) > 1 else ""
-        dataset, sampler = stage.loader.dataset, stage.loader.sampler
+        dataset, sampler = stage.loader.dataset, stage.loader.batch_sampler.sampler
         words = [loss_in_words(stage.criterion)]
         if stage.head_only:
             words.append("a new head on the frozen backbone")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from images.augment import augment_batch
 from run.cores import num_cores
+from run.ranks import num_ranks
 from run.signals import Stopped, interruptible
 from run.turns import turns_of
 
@@ -38,7 +39,8 @@ class DeviceBatches:
         if self.device.type == "cuda":
             yield from self._copied_ahead()
             return
-        turns = turns_of(torch.get_num_threads(), num_cores()) if self.device.type == "cpu" else None
+        takes_turns = self.device.type == "cpu" and num_ranks() == 1  # ranks compute each step together
+        turns = turns_of(torch.get_num_threads(), num_cores()) if takes_turns else None
         started = time.perf_counter()
         for batch in self._batches():
             self._waited += time.perf_counter() - started
@@ -61,6 +63,8 @@ class DeviceBatches:
             del batch  # so that its shared memory is free when the next one arrives
 
     def _wait_for(self, get: Callable[[], Any]) -> Any:
+        if num_ranks() > 1:  # which stop after the same step
+            return get()
         try:
             with interruptible():
                 return get()
@@ -80,7 +84,7 @@ class DeviceBatches:
     def _to_device(self, batch):
         on_gpu = self.device.type == "cuda"  # MPS may read a batch after its memory has been used again
         images, targets, *parameters = (tensor.to(self.device, non_blocking=on_gpu) for tensor in batch)
-        return augment_batch(images, *parameters) if parameters else images, targets
+        return augment_batch(images, *parameters) if parameters and len(images) else images, targets
 
     def _copied_ahead(self):
         stream, current = _copy_stream(self.device), torch.cuda.current_stream(self.device)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import socket
 import unicodedata
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from images.layout import SPLIT_NAMES
 from images.leakage import check_subjects, subject_ids, warn_of_grouped_names
 from run.cli import UserError
 from run.files import printable
+from run.ranks import from_first, from_first_here, is_on_first_machine
 from utils import class_balanced_weights, effective_number
 
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
@@ -58,6 +60,25 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
     else:
         warn_of_grouped_names(index.paths)
     return splits
+
+
+def on_all_ranks(read: Callable[[], dict[str, ImageIndex]], args: argparse.Namespace) -> dict[str, ImageIndex]:
+    """-> on every rank, the splits that `read()` returns on the first; each machine has its own cache of the images.
+
+    Raises UserError if a machine has another file in the place of an image.
+    """
+    splits = from_first(read, "reads the images")
+    if is_on_first_machine():
+        return splits
+
+    def read_here():
+        here = read_all(splits, open_cache(args), skip_broken=False)
+        for split, index in splits.items():
+            for i in np.flatnonzero(here[split].sizes != index.sizes)[:1]:
+                raise UserError(f"{index.paths[i]} on {socket.gethostname()} is not the file of the first machine")
+        return here
+
+    return from_first_here(read_here, "reads the images")
 
 
 def print_sources(args: argparse.Namespace) -> None:

@@ -18,7 +18,13 @@ from typing import Any, NoReturn
 
 from run.log import end_logs, keep_in_log, log_scope
 from run.signals import CALL, POLL_SECONDS, Signals, Stopped, takes_bytes
-from run.surroundings import launched_several_times, no_temporary_folder, prepare_surroundings
+from run.surroundings import (
+    is_follower,
+    launched_by_torchrun,
+    launched_several_times,
+    no_temporary_folder,
+    prepare_surroundings,
+)
 
 FLUSH_SECONDS = 2  # for the last lines to be written when the process ends
 THREAD_SECONDS = 2  # for all other threads to end
@@ -32,10 +38,12 @@ class Damaged(UserError):
     """A file whose content is not what was written to it."""
 
 
-def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) -> int:
+def run_command(
+    run: Callable[[list[str]], int | None], argv: list[str] | None, in_several_processes: bool = False
+) -> int:
     """Call `run(argv)`. -> exit status: its own or 0, 2 after a UserError or OSError, 128 + N after signal N.
 
-    argv: None for the command line of the process.
+    argv: None for the command line of the process. in_several_processes: whether torchrun may start the command.
     """
     prepare_surroundings(is_own_process=argv is None)  # before any file is opened
     for stream in (sys.stdout, sys.stderr):  # lines appear at once, also in a log; any file name can be printed
@@ -47,7 +55,8 @@ def run_command(run: Callable[[list[str]], int | None], argv: list[str] | None) 
         stack.callback(end_logs)
         stack.enter_context(log_scope())
         try:
-            if problem := launched_several_times() or no_temporary_folder():
+            is_allowed = in_several_processes and launched_by_torchrun()
+            if problem := (not is_allowed and launched_several_times()) or no_temporary_folder():
                 raise UserError(problem)
             return run(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
@@ -136,10 +145,10 @@ class LossyStream:
 
 
 def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", total: int | None = None) -> Any:
-    """A tqdm progress bar that is silent where there is no terminal."""
+    """A tqdm progress bar that is silent where there is no terminal, and in all but one of several processes."""
     from tqdm import tqdm
 
-    quiet, stream = not sys.stderr.isatty(), getattr(sys.stderr, "unlogged", sys.stderr)
+    quiet, stream = is_follower() or not sys.stderr.isatty(), getattr(sys.stderr, "unlogged", sys.stderr)
     return tqdm(iterable, title, total, unit=unit, leave=False, dynamic_ncols=True, disable=quiet, file=stream)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from run.cli import UserError
+from run.ranks import gather, num_ranks, num_ranks_here, rank_here
 
 # how the libraries below torch say that the memory of the GPU, or pinned memory for it, is full
 OUT_OF_MEMORY = (
@@ -27,6 +28,8 @@ class OutOfMemory(UserError):
 
 def choose_device(name: str) -> torch.device:
     """`--device` -> the device; auto: CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
+    if num_ranks() > 1:
+        name = _device_of_rank(name)
     tests = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     try:
         chosen = next(kind for kind, is_available in tests.items() if is_available()) if name == "auto" else name
@@ -36,7 +39,25 @@ def choose_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # what is allocated without a device, too
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise UserError(f"--device: {name} is not available here: {str(error).splitlines()[0]}") from error
+    if len(kinds := set(gather(device.type))) > 1:
+        raise UserError(f"--device: some processes would train on {' and others on '.join(sorted(kinds))}; name one")
     return device
+
+
+def _device_of_rank(name):
+    """-> "cpu", or the GPU of this rank. Raises UserError."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if name not in ("auto", "cuda"):
+        raise UserError(
+            f"--device: {name} cannot be used by several processes; torchrun gives each its own GPU: omit it"
+        )
+    if (gpus := torch.cuda.device_count()) < num_ranks_here():
+        raise UserError(
+            f"--device: this machine has {gpus} GPUs for {num_ranks_here()} processes; start as many: "
+            f"torchrun --nproc_per_node={max(1, gpus)}"
+        )
+    return f"cuda:{rank_here()}"
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:

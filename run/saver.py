@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from run.files import write_bytes, write_history
-from run.signals import Signals
+from run.ranks import agree, is_first
+from run.signals import Signals, Stopped
 
 LAST, PREVIOUS, BEST, DAMAGED = "last_model.pth", "previous_model.pth", "best_model.pth", "damaged_model.pth"
 RETRY_SECONDS = 60  # after the disk refused a checkpoint
@@ -42,13 +43,17 @@ class Saver:
 
         running_metrics: `RunningMetrics` of the epoch. Raises Stopped after a signal.
         """
-        if self._is_due(running_metrics.steps) or self._signals.stopped:
+        stopped_by = agree(self._signals.stopped_by)  # all ranks stop after the same step
+        if is_first() and (stopped_by or self._is_due(running_metrics.steps)):
             self._unsaved = self._snapshot(running_metrics.epoch_state())
             self._write()
             self._saved_step = running_metrics.steps
-        self._signals.raise_if_stopped()
+        if stopped_by:
+            raise Stopped(stopped_by)
 
     def after_epoch(self, is_best: bool) -> None:
+        if not is_first():
+            return
         self._unsaved = self._snapshot(None)
         if is_best:
             self._unsaved_best = self._unsaved[1]

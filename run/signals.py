@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from run.surroundings import is_follower, launched_by_torchrun
+
 POLL_SECONDS = 0.5
 CALL = "call_in_thread"  # name of the threads, which may never end
 SECOND_SIGNAL_S = 1  # sooner, it is the same signal sent twice: to the process and to its process group
+TORCHRUN_SIGNAL_S = 10  # torchrun, or a job queue, passes on later what it received itself
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,7 +61,8 @@ class Signals:
         if os.getpid() != self._pid:  # a worker that has just been forked: the main process ends it
             return
         if self._stopped_by:
-            if time.monotonic() - self._stopped_at > SECOND_SIGNAL_S:
+            same = TORCHRUN_SIGNAL_S if launched_by_torchrun() else SECOND_SIGNAL_S
+            if time.monotonic() - self._stopped_at > same:
                 os._exit(128 + number)
             return
         self._stopped_by, self._stopped_at = number, time.monotonic()
@@ -66,7 +70,7 @@ class Signals:
             raise Stopped(number)
         with suppress(OSError):  # nobody reads it any more: tee ends at the same Ctrl-C
             # not print, which may be running when the signal arrives
-            if takes_bytes(1, seconds=0):
+            if not is_follower() and takes_bytes(1, seconds=0):
                 os.write(1, b"stopping after this step; a second signal ends the process at once\n")
 
     def _on_save(self, number, frame):
@@ -75,6 +79,11 @@ class Signals:
     @property
     def stopped(self) -> bool:
         return self._stopped_by is not None
+
+    @property
+    def stopped_by(self) -> int:
+        """The number of the signal, 0 for none."""
+        return self._stopped_by or 0
 
     def raise_if_stopped(self) -> None:
         """Raises Stopped after a signal."""

@@ -18,6 +18,9 @@ def prepare_surroundings(is_own_process: bool) -> None:
     if is_own_process:
         _restart_with_utf8()
     _provide_home_and_user()
+    if launched_by_torchrun():
+        # read when torch is imported: otherwise each process prints warnings, and pages about every lost connection
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform == "darwin":
         # read when torch is imported: an operator that MPS does not have runs on the CPU
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -115,18 +118,30 @@ def no_temporary_folder() -> str | None:
     return None
 
 
+def launched_by_torchrun() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1 and all(os.environ.get(name) for name in names)
+
+
+def is_follower() -> bool:
+    """Whether another process that torchrun has started speaks for this one."""
+    return launched_by_torchrun() and os.environ["RANK"] != "0"
+
+
 def launched_several_times() -> str | None:
     """-> an error message if this process is one of several of the same launcher, else None.
 
-    Each of them would be a whole training of its own. An agent of a sweep under srun has trainings of its own.
+    Each of them would do the whole work. An agent of a sweep under srun has trainings of its own.
     """
     for name in LAUNCHER_SIZES:
         size = os.environ.get(name, "")
         is_own_trial = name.startswith("SLURM") and "WANDB_RUN_ID" in os.environ
         if size.isdecimal() and int(size) > 1 and not is_own_trial:
             return (
-                f"{name}={size}: a launcher such as torchrun or srun started {size} processes, and each would be a "
-                f"whole training; training on several devices is not supported; start one process (or set {name}=1 "
-                "if the trainings are different ones)"
+                f"{name}={size}: a launcher such as srun or mpirun started {size} processes, and each would do all of "
+                f"the work; start one process (or set {name}=1 if they are to do different work); one training on "
+                "several GPUs is started with torchrun main.py"
             )
     return None

@@ -577,7 +577,7 @@ def measure_epochs(log, device, dataset, batch, workers):
     engine = new_engine(device, torch.bfloat16, dropout=0.3)
     batches = training_batches(device, dataset, batch, workers)
     for epoch in range(2):
-        batches.sampler.set_epoch(epoch)
+        batches.batch_sampler.sampler.set_epoch(epoch)
         row = engine.train_one_epoch(batches, RunningMetrics(epoch, device))
     name = f"an epoch from the cache, augmented on the device, batch {batch}, {workers} workers"
     log(name, images_s=row["images_per_second"], input_wait=row["input_wait"])

@@ -1,7 +1,9 @@
 """Datasets, samplers and loaders."""
 
+import itertools
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from dataset_double import (
     ClassSampler,
     DoubleSkinDataset,
     EpochSampler,
+    RankBatches,
     eval_loader,
     make_loader,
     train_loader,
@@ -23,6 +26,7 @@ from flags import build_parser
 from images.augment import augment_batch
 from images.cache import ImageCache, read_all
 from images.folders import ImageIndex, index_folders
+from run import ranks
 from run.cli import UserError
 
 
@@ -117,7 +121,7 @@ def test_batches_are_the_same_for_any_number_of_workers(originals):
         loader = make_loader(augmented, 16, sampler=EpochSampler(augmented, seed=1), num_workers=num_workers)
         seen = []
         for epoch in range(2):  # the same workers serve both epochs
-            loader.sampler.set_epoch(epoch)
+            loader.batch_sampler.sampler.set_epoch(epoch)
             augmented.set_epoch(epoch)
             seen += list(loader)
         return seen
@@ -164,12 +168,13 @@ def test_a_stage_decides_on_augmentation_and_sampling_whatever_the_flags_say(ori
     flags = ["--use_augmentation", "--batch_size", "4", "--image_size", "32", "--crt_epochs", "20"]
     args = build_parser().parse_args(flags)
     plain = train_loader(index, args, device, use_augmentation=False, sampling="instance")
-    assert isinstance(plain.dataset, DoubleSkinDataset) and type(plain.sampler) is EpochSampler
+    assert isinstance(plain.dataset, DoubleSkinDataset) and type(plain.batch_sampler.sampler) is EpochSampler
     oversampled = train_loader(index, args, device, use_augmentation=True, sampling="instance")
-    assert oversampled.dataset.counts().tolist() == [20, 20, 20] and type(oversampled.sampler) is EpochSampler
+    assert type(oversampled.batch_sampler.sampler) is EpochSampler
+    assert oversampled.dataset.counts().tolist() == [20, 20, 20]
     progressive = train_loader(index, args, device, use_augmentation=False, sampling="progressive")
-    assert progressive.dataset.counts().tolist() == [20, 10, 5] and progressive.sampler.epochs == 80
-    assert [loader.batch_size for loader in (plain, oversampled, progressive)] == [4] * 3
+    assert progressive.dataset.counts().tolist() == [20, 10, 5] and progressive.batch_sampler.sampler.epochs == 80
+    assert [loader.batch_sampler.batch_size for loader in (plain, oversampled, progressive)] == [4] * 3
 
 
 def test_evaluation_sees_every_image_in_order_in_larger_batches(originals):
@@ -205,3 +210,26 @@ def test_on_a_gpu_cached_images_need_no_loader_workers(data_dir, tmp_path):
     assert eval_loader(cached, args, gpu).num_workers == 0 < eval_loader(uncached, args, gpu).num_workers
     args.num_workers = 1
     assert eval_loader(cached, args, gpu).num_workers == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("number", [1, 2, 6, 20, 23])
+def test_the_ranks_share_each_batch_of_an_epoch_and_each_evaluation(number, size, monkeypatch):
+    dataset = torch.utils.data.TensorDataset(torch.arange(number))
+    parts, evaluated = [], []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "_group", SimpleNamespace(rank=rank, size=size))
+        sampler = EpochSampler(dataset, seed=3)
+        sampler.set_epoch(2, skipped=1)
+        batches = RankBatches(sampler, 2 * size, with_partner=True)
+        parts.append(list(batches))
+        assert len(parts[-1]) == len(batches) == len(list(batches.sizes()))
+        evaluated += [int(i) for batch in make_loader(dataset, 4 * size).batch_sampler for i in batch]
+    monkeypatch.setattr(ranks, "_group", None)
+    assert evaluated == list(range(number))
+    wholes = list(RankBatches(sampler, 2 * size))
+    for whole, total, *shares in zip(wholes, batches.sizes(), *parts, strict=True):
+        with_partners = shares if size > 1 else [[whole[-1], *shares[0]]]  # a single rank needs no partner in front
+        assert [i for part in with_partners for i in part[1:]] == whole and len(whole) == total
+        for part in with_partners:  # each image follows the one that it is mixed with, and the first the last
+            assert all(whole[whole.index(i) - 1] == partner for partner, i in itertools.pairwise(part))

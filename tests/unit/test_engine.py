@@ -255,7 +255,7 @@ def test_the_loss_is_mixed_in_the_same_share_as_the_images():
     engine = make_engine(mixer=lambda images: (images, 0.7))
     engine.model.normalize = lambda images: images
     images, targets = torch.zeros(3, 3, 9, 9, dtype=torch.uint8), torch.tensor([0, 1, 2])
-    logits, loss = engine._logits_and_loss(images, targets)
+    logits, _, loss = engine._logits_and_loss(images, targets, whole=3)
     expected = 0.7 * engine.criterion(logits, targets) + 0.3 * engine.criterion(logits, torch.tensor([2, 0, 1]))
     torch.testing.assert_close(loss, expected)
 
@@ -278,11 +278,11 @@ def test_a_new_head_uses_the_averaged_backbone_and_starts_a_new_average(thin_net
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1)
     images, targets = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2])
     for _ in range(3):
-        engine._step([(images, targets)], RunningMetrics(0, engine.device), None)
+        engine._step([((images, targets), None)], RunningMetrics(0, engine.device), None)
     averaged = {name: value.clone() for name, value in engine.evaluated.state_dict().items()}
     engine.retrain_head(reset=True)
     engine.model.train()
-    engine._step([(images, targets)], RunningMetrics(1, engine.device), None)
+    engine._step([((images, targets), None)], RunningMetrics(1, engine.device), None)
     for name, value in engine.evaluated.state_dict().items():
         if name.startswith("backbone."):
             assert torch.equal(value, averaged[name]), name

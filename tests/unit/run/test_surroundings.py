@@ -155,7 +155,9 @@ def test_only_one_of_several_processes_of_a_launcher_is_refused(environment, is_
     assert bool(surroundings.launched_several_times()) == is_refused
 
 
-def test_the_real_torchrun_reports_the_error():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "main.py"), "--help"]
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "error: WORLD_SIZE=2: " in done.stderr and "usage" not in done.stdout
+@pytest.mark.parametrize("command, status, words", [("search", 1, "error: WORLD_SIZE=2: "), ("main", 0, "usage")])
+def test_the_real_torchrun_starts_one_training_and_no_search(command, status, words):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / f"{command}.py")]
+    done = subprocess.run([*torchrun, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status and words in done.stderr + done.stdout
+    assert done.stdout.count("usage") == (status == 0) and "Traceback" not in done.stdout

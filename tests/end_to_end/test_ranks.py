@@ -1,0 +1,238 @@
+"""Training by several processes that torchrun has started: the same results, whatever happens to the processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import ROOT, THIN_MAIN, TINY_FLAGS, differences, history_but_times, run_main, wait_for, write_class_folders
+
+from model import load_checkpoint
+from run.files import read_rows
+from run.saver import BEST, LAST
+
+THIN_RANKS = ROOT / "tests" / "tools" / "thin_ranks.py"
+# 20 training images: the last batch of 6 has fewer images than 3 processes, and so has an evaluation of 8
+# and a small learning rate, as Adam turns differences by rounding into steps of full size
+COMMON = [*TINY_FLAGS, "--lr", "1e-5", "--amp", "off", "--batch_size", "6", "--save_minutes", "0", "--epochs", "3"]
+COUNTS = {"0": 19, "2": 10, "10": 5}
+METHODS = {
+    "one_step": ["--batch_size", "36", "--epochs", "1", "--ema", "0.9"],
+    "copies": ["--use_augmentation", "--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--grad_accum", "2", "--tta"],
+    "stages": ["--sampling", "progressive", "--drw_epoch", "1", "--crt_epochs", "1", "--train_loss", "ldam"],
+    "long": ["--use_augmentation", "--save_every", "2", "--progressive"],
+    "own_statistics": ["--no-sync_bn", "--epochs", "1"],
+}
+
+
+def torchrun(processes, *flags, program=THIN_MAIN, **launch):
+    """-> Popen"""
+    launch_flags = [f"--{name}={value}" for name, value in {"nproc_per_node": processes, **launch}.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch_flags, str(program), *map(str, flags)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # main.py sets it before it imports torch
+    return subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
+
+
+def end_of(process, seconds=200):
+    """-> what torchrun and its processes have printed"""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for pid in (*pids_of(process).values(), process.pid):  # each is in a session of its own
+            os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"still running: {process.communicate()[0]}")
+
+
+def pids_of(process):
+    """-> {rank: process id}"""
+    pids = {}
+    for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            variables = dict(item.partition(b"=")[::2] for item in file.read().split(b"\0"))
+        if b"RANK" in variables:
+            pids[int(variables[b"RANK"])] = int(pid)
+    return pids
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_class_folders(tmp_path_factory.mktemp("images"), COUNTS)
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):
+    """Runs by every method in `<method>_<number of processes>`."""
+    folder = tmp_path_factory.mktemp("runs")
+    commands, launched = {}, []
+    for processes in (1, 2, 3):
+        commands[processes] = [
+            ["--data_dirs", images, *COMMON, *flags, "--run_dir", folder / f"{method}_{processes}"]
+            for method, flags in METHODS.items()
+        ]
+        path = folder / f"{processes}.json"
+        path.write_text(json.dumps(commands[processes], default=str))
+        launched.append(torchrun(processes, path, program=THIN_RANKS))
+    for process in launched:
+        output = end_of(process, 400)
+        assert process.returncode == 0, output
+        assert "Warning" not in output and "Traceback" not in output
+        assert output.count("results saved to") == output.count("image cache: 34") == len(METHODS), output
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "own_statistics"])
+def test_several_processes_train_as_one_does(folder, method, processes):
+    alone, together = (folder / f"{method}_{number}" for number in (1, processes))
+    for row, expected in zip(history_but_times(together), history_but_times(alone), strict=True):
+        for name in ("train_loss", "val_loss", "learning_rate"):
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3), name
+    for split in ("val", "test"):
+        rows, expected_rows = (read_rows(run / f"{split}_predictions.csv") for run in (together, alone))
+        for row, expected in zip(rows, expected_rows, strict=True):
+            assert row["path"] == expected["path"] and row["label"] == expected["label"]
+            for name in expected:
+                if name.startswith("prob_"):
+                    assert float(row[name]) == pytest.approx(float(expected[name]), abs=1e-4)
+    assert (together / "splits.json").read_bytes() == (alone / "splits.json").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_gradient_of_the_first_step_is_that_of_one_process(folder, processes):
+    def gradient(run):  # Adam's first moment after one step is a tenth of it
+        states = load_checkpoint(run / LAST)["optimizer_state_dict"]["state"]
+        return np.concatenate([state["exp_avg"].numpy().ravel() for state in states.values()])
+
+    expected, found = gradient(folder / "one_step_1"), gradient(folder / f"one_step_{processes}")
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert not np.array_equal(found, expected)  # it was summed in other parts
+
+
+def test_batch_norm_of_each_process_is_another_training(folder):
+    alone, together = (history_but_times(folder / f"own_statistics_{number}") for number in (1, 2))
+    assert abs(float(together[0]["train_loss"]) - float(alone[0]["train_loss"])) > 1e-4
+
+
+def test_a_killed_process_is_restarted_and_the_result_has_the_same_bits(folder, images, tmp_path):
+    flags = ["--data_dirs", images, *COMMON, *METHODS["long"], "--run_dir", tmp_path / "run", "--auto_resume"]
+    process = torchrun(3, *flags, max_restarts=1)
+    wait_for(lambda: (tmp_path / "run" / LAST).exists())
+    os.kill(pids_of(process)[2], signal.SIGKILL)
+    output = end_of(process)
+    assert process.returncode == 0, output
+    assert "resuming with epoch" in output and output.count("results saved to") == 1
+    assert not differences(folder / "long_3", tmp_path / "run")
+
+
+def test_a_run_is_stopped_and_saved_once_and_resumed_by_another_number_of_processes(folder, images, tmp_path):
+    flags = ["--data_dirs", images, *COMMON, *METHODS["long"], "--run_dir", tmp_path / "run"]
+    process = torchrun(3, *flags)
+    wait_for(lambda: (tmp_path / "run" / LAST).exists())
+    process.terminate()
+    output = end_of(process)
+    assert output.count("stopped; resume with: torchrun ... main.py --resume") == 1
+    assert "error:" not in output and output.count("Traceback") == 1  # that of torchrun itself
+    checkpoint = load_checkpoint(tmp_path / "run" / LAST)
+    assert checkpoint["position"] is None or checkpoint["position"]["images"] % 6 == 0
+    again = torchrun(2, "--resume", tmp_path / "run" / LAST)
+    output = end_of(again)
+    assert again.returncode == 0 and "resuming with epoch" in output, output
+    expected = history_but_times(folder / "long_1")
+    for row, expected_row in zip(history_but_times(tmp_path / "run"), expected, strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(expected_row["train_loss"]), rel=1e-3)
+
+
+def test_a_process_that_fails_prints_its_line_and_the_others_end(images, tmp_path):
+    copies = shutil.copytree(images, tmp_path / "images")
+    flags = ["--data_dirs", copies, *COMMON, "--no_cache", "--epochs", "500", "--run_dir", tmp_path / "run"]
+    process = torchrun(2, *flags)
+    wait_for(lambda: (tmp_path / "run" / LAST).exists())
+    for path in copies.glob("*/*.png"):
+        path.write_bytes(b"no image")
+    started = time.monotonic()
+    output = end_of(process)
+    assert time.monotonic() - started < 60
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and ".png" in lines[0], output
+    assert process.returncode == 1 and output.count("Traceback") == 1  # that of torchrun itself
+    assert re.search(r"Root Cause.*?exitcode\s+: 2 ", output, re.DOTALL), output
+
+
+def test_a_process_that_does_not_answer_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WAIT_SECONDS", "3")
+    flags = ["--data_dirs", images, *COMMON, "--epochs", 500, "--run_dir", tmp_path / "run"]
+    (tmp_path / "commands.json").write_text(json.dumps([list(map(str, flags))]))
+    process = torchrun(2, tmp_path / "commands.json", program=THIN_RANKS)
+    wait_for(lambda: (tmp_path / "run" / LAST).exists())
+    frozen = pids_of(process)[1]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        wait_for(lambda: "connection is lost" in (tmp_path / "run" / "log.txt").read_text(), 60)
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+    assert f"lost to rank 1 on {socket.gethostname()} (" in end_of(process)
+
+
+def test_a_job_of_slurm_saves_before_its_time_ends_and_is_queued_again(images, tmp_path):
+    """The script of docs/, with stand-ins for the commands of Slurm."""
+    for name, script in {
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "srun": 'exec "$@"',
+        "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/requeued; echo localhost',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    program = tmp_path / "main.py"
+    program.write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(THIN_MAIN.parent)!r})\n"
+        f"runpy.run_path({str(THIN_MAIN)!r}, run_name='__main__')\n"
+    )
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    flags = ["--data_dirs", images, *COMMON, "--epochs", 500]
+    script = subprocess.Popen(
+        ["bash", ROOT / "docs" / "slurm.sbatch", *map(str, flags)],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: (tmp_path / "runs" / "job_7" / LAST).exists())
+    script.terminate()
+    output = script.communicate(timeout=100)[0]
+    assert "stopped; resume with the same command" in output and (tmp_path / "requeued").exists(), output
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(images, tmp_path):
+    process = torchrun(2, "--data_dirs", images, *COMMON, "--batch_size", 7, "--run_dir", tmp_path / "run")
+    output = end_of(process)
+    assert output.count("error:") == 1 and "error: --batch_size: 7 images" in output
+    assert not (tmp_path / "run").exists() and "stopped" not in output
+
+
+def test_a_restart_that_would_begin_again_is_refused(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_main("--data_dirs", images, *COMMON, "--run_dir", tmp_path / "run") == 2
+    assert "--auto_resume" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_several_processes_evaluate_only_and_cross_validate(folder, images, tmp_path):
+    commands = [
+        ["--eval_only", "--resume", folder / "copies_1" / BEST, "--tta", "--run_dir", tmp_path / "evaluated"],
+        ["--data_dirs", images, *COMMON, "--epochs", 1, "--folds", 2, "--run_dir", tmp_path / "folds"],
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps([[str(word) for word in words] for words in commands]))
+    process = torchrun(2, tmp_path / "commands.json", program=THIN_RANKS)
+    output = end_of(process)
+    assert process.returncode == 0, output
+    results, expected = (
+        json.loads((run / "results.json").read_text()) for run in (tmp_path / "evaluated", folder / "copies_1")
+    )
+    for name in ("balanced_acc", "macro_f1", "loss"):
+        assert results["test"][name] == pytest.approx(expected["test"][name], abs=1e-4)
+    assert (tmp_path / "folds" / "folds.json").exists()
