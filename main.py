@@ -6,6 +6,7 @@
 """
 
 import argparse
+import copy
 import functools
 import os
 import signal
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         take_snapshot = functools.partial(snapshot, engine, progress, args, splits, samples_per_cls, wandb_run.id)
         saver = Saver(run_dir, take_snapshot, signals, args.save_every, args.save_minutes)
         wandb_run.catch_up(progress)
-        with signals.deferred():
+        with signals.deferred(), saver:
             for epoch in range(progress.epoch + 1, args.epochs):
                 if progress.has_stalled(args.patience, stages[-1].start):
                     print_early_end(args, engine.scheduler)
@@ -120,9 +121,12 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
                 print_epoch(row, args.epochs, improved, progress.seconds_left(args.epochs))
-                saver.after_epoch(improved)
-                write_environment(run_dir, device, progress.hours_trained())
-                wandb_run.log_epoch(row, progress)  # what is logged is saved: no epoch is logged twice
+                saver.after_epoch(
+                    improved,
+                    functools.partial(write_environment, run_dir, device, progress.hours_trained()),
+                    # what is logged is saved: no epoch is logged twice
+                    functools.partial(wandb_run.log_epoch, row, copy.copy(progress)),
+                )
             saver.finish()
         end_workers()
 
