@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import functools
 import json
 import math
 import os
@@ -200,12 +199,12 @@ def snapshot(
         "samples_per_cls": samples_per_cls.tolist(),
         "args": copied_to_cpu(vars(args)),
         "wandb_id": wandb_id,
-        "splits": paths_by_split(splits),
+        "splits": {},  # by the function: they never change, and a million paths take a while
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
         "rng_state": random_state(engine.device),
         "decoder_version": DECODER_VERSION,
     }
-    return checkpoint["history"], functools.partial(checkpoint_bytes, checkpoint)
+    return checkpoint["history"], lambda: checkpoint_bytes(checkpoint | {"splits": paths_by_split(splits)})
 
 
 def copied_to_cpu(state: Any) -> Any:
