@@ -116,6 +116,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 running_metrics = RunningMetrics(epoch, device, epoch_state)
                 epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
+                if args.num_workers and epoch == stage.start:
+                    saver.wait()  # new workers would keep what is in memory, and a file that is open, until they end
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
                 improved = progress.add_epoch(row, args.best_metric)
                 if improved:  # only the loss of the main stage is reported
