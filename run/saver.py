@@ -1,4 +1,4 @@
-"""When a run is saved, and to which files."""
+"""When a run is saved, to which files, and the thread that writes them."""
 
 import functools
 import sys
