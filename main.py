@@ -6,6 +6,7 @@
 """
 
 import argparse
+import copy
 import functools
 import os
 import signal
@@ -113,7 +114,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         take_snapshot = functools.partial(snapshot, engine, progress, args, splits, samples_per_cls, wandb_run.id)
         saver = Saver(run_dir, take_snapshot, signals, args.save_every, args.save_minutes)
         wandb_run.catch_up(progress)
-        with signals.deferred():
+        with signals.deferred(), saver:
             for epoch in range(progress.epoch + 1, args.epochs):
                 if progress.has_stalled(args.patience, stages[-1].start):
                     print_early_end(args, engine.scheduler)
@@ -121,16 +122,20 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 running_metrics = RunningMetrics(epoch, device, epoch_state)
                 epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
+                if args.num_workers and epoch == stage.start:
+                    saver.wait()  # new workers would keep what is in memory, and a file that is open, until they end
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
                 row = from_first(lambda row=row: row, "validates")  # all ranks decide alike
                 improved = progress.add_epoch(row, args.best_metric)
                 if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
                 print_epoch(row, args.epochs, improved, progress.seconds_left(args.epochs))
-                saver.after_epoch(improved)
-                if is_first():
-                    write_environment(run_dir, device, progress.hours_trained())
-                wandb_run.log_epoch(row, progress)  # what is logged is saved: no epoch is logged twice
+                saver.after_epoch(
+                    improved,
+                    functools.partial(write_environment, run_dir, device, progress.hours_trained()),
+                    # what is logged is saved: no epoch is logged twice
+                    functools.partial(wandb_run.log_epoch, row, copy.copy(progress)),
+                )
             saver.finish()
         end_workers()
 

@@ -1,13 +1,14 @@
 """Which checkpoint a run continues from, which flags it inherits, and how everything is restored."""
 
 import argparse
+import copy
 import functools
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,10 @@ def snapshot(
     samples_per_cls: np.ndarray,
     wandb_id: str | None,
     epoch_state: dict | None,
-) -> tuple[list[dict], bytes]:
-    """-> (history, checkpoint file) of a run as it is now.
+) -> tuple[list[dict], Callable[[], bytes]]:
+    """-> (history, function that returns the checkpoint file) of a run as it is now.
 
+    What changes in the training is copied to the memory of the CPU; the function may be called later, in any thread.
     epoch_state: of the epoch after `progress.epoch`, by `RunningMetrics.epoch_state`; None between two epochs. Raises
     UserError if the training has diverged: the previous checkpoint is the better one.
     """
@@ -188,28 +190,42 @@ def snapshot(
     checkpoint = {
         "epoch": progress.epoch,
         "position": epoch_state,
-        "model_state_dict": engine.evaluated.state_dict(),
-        "raw_state_dict": engine.model.state_dict() if engine.average else {},
+        "model_state_dict": copied_to_cpu(engine.evaluated.state_dict()),
+        "raw_state_dict": copied_to_cpu(engine.model.state_dict()) if engine.average else {},
         "averaged_steps": engine.average.steps if engine.average else 0,
-        "optimizer_state_dict": engine.optimizer.state_dict(),
-        "scheduler_state_dict": engine.scheduler.state_dict(),
-        "scaler_state_dict": engine.scaler.state_dict(),
+        "optimizer_state_dict": copied_to_cpu(engine.optimizer.state_dict()),
+        "scheduler_state_dict": copied_to_cpu(engine.scheduler.state_dict()),
+        "scaler_state_dict": copied_to_cpu(engine.scaler.state_dict()),
         "posthoc": None,
         "val_outputs": None,
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,
         "best_epoch": progress.best_epoch,
-        "history": list(progress.history),
+        "history": copied_to_cpu(progress.history),
         "classes": splits["train"].classes,
         "samples_per_cls": samples_per_cls.tolist(),
-        "args": vars(args),
+        "args": copied_to_cpu(vars(args)),
         "wandb_id": wandb_id,
-        "splits": paths_by_split(splits),
+        "splits": {},  # by the function: they never change, and a million paths take a while
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
         "rng_state": random_state(engine.device),
         "decoder_version": DECODER_VERSION,
     }
-    return checkpoint["history"], checkpoint_bytes(checkpoint)
+    return checkpoint["history"], lambda: checkpoint_bytes(checkpoint | {"splits": paths_by_split(splits)})
+
+
+def copied_to_cpu(state: Any) -> Any:
+    """-> a copy of dicts, lists and tuples with all tensors in them, which are in the memory of the CPU; a file of the
+    copy has the bytes of a file of `state` on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)  # with its strides
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # a state dict is of another class, and has an attribute: the versions of its modules
+        copied.update((key, copied_to_cpu(value)) for key, value in state.items())
+        return copied
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(copied_to_cpu, state))
+    return state
 
 
 def restore_splits(args: argparse.Namespace, checkpoint: dict) -> dict[str, ImageIndex]:

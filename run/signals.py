@@ -124,27 +124,45 @@ def interruptible() -> Iterator[None]:
         signals._deferred = True
 
 
+class Call:
+    """A call of `function` in a thread of its own, which a signal never has to wait for, even if it never returns."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._outcome: list[tuple[Any, BaseException | None]] = []
+
+        def call():
+            try:
+                self._outcome.append((function(), None))
+            except BaseException as error:  # raised again in the thread that waits
+                self._outcome.append((None, error))
+
+        self._thread = threading.Thread(target=call, daemon=True, name=CALL)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait for the end. while_waiting: called about twice per second; it may raise to give up."""
+        while self._thread.is_alive():
+            self._thread.join(POLL_SECONDS)
+            if self._thread.is_alive():
+                while_waiting()
+
+    def result(self) -> Any:
+        """After its end: what the function has returned, or raises what it has raised."""
+        result, error = self._outcome[0]
+        if error is not None:
+            raise error
+        return result
+
+
 def call_in_thread(function: Callable[[], Any], while_waiting: Callable[[], None] = lambda: None) -> Any:
     """-> what `function()` returns, which runs in a thread: so a signal ends the wait for it even if it never returns.
 
-    Drivers of databases, for example, wait without looking at signals. while_waiting: called about twice per second;
-    it may raise to give up.
+    Drivers of databases, for example, wait without looking at signals. while_waiting: see `Call.wait`.
     """
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def call():
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:  # raised again in the thread that waits
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=call, daemon=True, name=CALL)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        if thread.is_alive():
-            while_waiting()
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    call = Call(function)
+    call.wait(while_waiting)
+    return call.result()

@@ -304,6 +304,7 @@ def test_on_a_full_disk_training_continues_and_saving_is_retried(data_dir, tmp_p
         positions.append((running_metrics.epoch, running_metrics.images))
         full_disk["full"] = 3 <= len(positions) < 8  # the best epoch ends in this time
         real_after_step(saver, running_metrics)
+        saver.wait()
         if full_disk["full"]:
             assert load_checkpoint(tmp_path / "run" / LAST)["position"]["images"] == 16
             assert load_checkpoint(tmp_path / "run" / PREVIOUS)["position"]["images"] == 8
@@ -330,6 +331,7 @@ def test_a_disk_that_stays_full_is_an_error_and_the_run_can_be_resumed(
         epochs.append(running_metrics.epoch)
         full_disk["full"] = len(epochs) > 2
         real_after_step(saver, running_metrics)
+        saver.wait()
 
     with monkeypatch.context() as patch:
         patch.setattr(Saver, "after_step", after_step)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shlex
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main
+from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main, wait_for
 
 from model import load_checkpoint
 from run.files import read_rows
@@ -79,6 +80,20 @@ def test_epochs_that_were_saved_but_not_logged_are_logged_later(tmp_path, data_d
     run.summary["epoch"] = 0
     assert run_thin_main("--resume", tmp_path / "run" / "last_model.pth", "--epochs", 3, **env).returncode == 0
     assert run.epochs == [0, 1, 2]
+
+
+def test_epochs_that_the_disk_refused_are_logged_once_although_they_are_trained_again(tmp_path, data_dir, server):
+    env, last = {"cwd": tmp_path, **server.environment}, tmp_path / "run" / "last_model.pth"
+    process = start_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 8, "--run_dir", last.parent, **env)
+    wait_for(last.exists)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))  # no checkpoint any more
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "epoch   7" in out and "error: " in err
+    num_saved = load_checkpoint(last)["epoch"] + 1
+    (run,) = server.runs.values()
+    assert run.epochs == list(range(num_saved)) and num_saved < 8
+    assert run_thin_main("--resume", last, **env).returncode == 0
+    assert run.epochs == list(range(8))
 
 
 @pytest.mark.parametrize("fault", ["dies", "hangs"])

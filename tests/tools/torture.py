@@ -91,8 +91,9 @@ class Training:
         status = self.process.wait(timeout=300)
         self.reader.join()
         output = "".join(self.output)
-        # after main.py has finished, while Python shuts down, a signal has its default effect
-        self.finished = status == 0 or (status < 0 and "results saved to" in output)
+        # results.json is written last; a signal may come after it, and has its default effect while Python shuts down
+        was_disturbed = status < 0 or status in allowed
+        self.finished = status == 0 or (was_disturbed and (self.folder / "results.json").exists())
         if not self.finished and (status not in allowed or "Traceback" in output):
             raise Lost(f"exit status {status}: {''.join(self.output[-5:])}")
         return status
