@@ -3,7 +3,7 @@
 """Measure how fast the project is on this machine, side by side with the usual way of doing the same.
 
 python bench.py                     measure everything, print a table, write bench.json
-python bench.py --parts input step  measure only some of input, step, sharing, evaluation, predict, startup, memory
+python bench.py --parts input step  measure only some parts
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from run.cli import Parser, UserError, end_process, run_command
 
-PARTS = ("input", "step", "sharing", "evaluation", "predict", "startup", "memory")
+PARTS = ("input", "step", "epoch", "sharing", "evaluation", "predict", "startup", "memory")
 
 
 def build_parser() -> Parser:
@@ -19,7 +19,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=f"{', '.join(PARTS)} [all]")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
-    add("--compile", action="store_true", help="use torch.compile in the training step of this project [off]")
+    add("--compile", action="store_true", help="use torch.compile in the training of this project [off]")
     add("--output", default="bench.json", metavar="FILE", help="results are saved here [bench.json]")
     return parser
 
@@ -31,7 +31,8 @@ def run(argv: list[str]) -> int:
 
     from run.machine import choose_device, keep_freed_memory
     from run.signals import Signals, Stopped
-    from study.benchmark import format_table, measure_parts
+    from study.benchmark import measure_parts
+    from study.benchmark_table import format_table
 
     if __name__ == "__main__":
         keep_freed_memory()  # as main.py does

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,28 +12,20 @@ from flag_checks import parse_flags
 from images.folders import ImageIndex
 from inference import Grader, LoadedModel
 from run.files import RowFile
+from study import benchmark_common as common
 from utils import CBLoss
 
 
-def prediction_rates(
-    device: torch.device,
-    write_photos: Callable[[Path, int], None],
-    read_into_cache: Callable[[Path, Path], ImageIndex],
-    median_rates: Callable[[dict[str, Callable[[], float]]], dict[str, float]],
-    side: int,
-    image_size: int,
-    batch_size: int,
-) -> dict[str, float]:
+def prediction_rates(device: torch.device, side: int) -> dict[str, float]:
     """Images per second of `Engine.evaluate` from the cache and of predict.py from JPEG files, with the same model.
 
-    The functions are those of study/benchmark.py; side: of the photographs, in pixels; image_size,
-    batch_size: as in the training. -> {"cached", "files"}
+    side: of the photographs, in pixels. -> {"cached", "files"}
     """
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
-        write_photos(photos, side)
-        index = read_into_cache(photos, Path(folder, "cache"))
-        grader = random_grader(index, device, image_size, batch_size)
+        common.write_photos(photos, side)
+        index = common.read_into_cache(photos, Path(folder, "cache"))
+        grader = random_grader(index, device)
         engine = grader.models[0].engine
         dataset = DoubleSkinDataset(index, grader.image_size, grader.resize)
         loader = make_loader(dataset, grader.batch_size, pin_memory=device.type == "cuda")
@@ -53,13 +44,13 @@ def prediction_rates(
             return len(paths) / (time.perf_counter() - started)
 
         cached(), files()
-        return median_rates({"cached": cached, "files": files})
+        return common.median_rates({"cached": cached, "files": files})
 
 
-def random_grader(index: ImageIndex, device: torch.device, image_size: int, batch_size: int) -> Grader:
+def random_grader(index: ImageIndex, device: torch.device) -> Grader:
     """A model with random weights and the default flags, and prediction sets from random outputs."""
-    folder, sizes = Path(index.paths[0]).parents[1], ["--image_size", str(image_size), "--batch_size", str(batch_size)]
-    args = parse_flags(["--data_dirs", str(folder), *sizes])
+    sizes = ["--image_size", str(common.IMAGE_SIZE), "--batch_size", str(common.BATCH_SIZE)]
+    args = parse_flags(["--data_dirs", str(Path(index.paths[0]).parents[1]), *sizes])
     engine = build_engine(args, device, CBLoss(index.counts()), len(index.classes))
     engine.model.eval()
     shape = len(index), len(index.classes)

@@ -4,10 +4,11 @@ import functools
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,23 @@ def wait_for_device(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def seconds_on(device: torch.device, compute: Callable[[], Any]) -> float:
+    """How long the device takes for what `compute` has it do: on a GPU by its own clock, between two events."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        compute()
+        wait_for_device(device)
+        return time.perf_counter() - started
+    stream = torch.cuda.current_stream(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    wait_for_device(device)
+    begin.record(stream)
+    compute()
+    end.record(stream)
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def reference_input_rate(folder: Path, device: torch.device, batch_size: int, image_size: int) -> float:
     """Images per second of one core, from class folders to normalized batches on the device.
 
@@ -81,11 +99,13 @@ def reference_step_rate(
     first step is slower: the system has to provide the memory for the activations. A training has thousands of others.
     """
     step = _plain_training(device, tuple(samples_per_cls), batch_size, image_size)
+
+    def train():
+        for _ in range(steps):
+            step()
+
     step()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return steps * batch_size / (time.perf_counter() - started)
+    return steps * batch_size / seconds_on(device, train)
 
 
 @functools.cache

@@ -12,20 +12,19 @@ import pytest
 from helpers import ROOT
 
 import bench
-from study import benchmark, benchmark_sharing
+from study import benchmark, benchmark_common, benchmark_sharing, benchmark_step
 
 SMALL_SIZES = {
-    "IMAGE_SIZE": 32,
-    "BATCH_SIZE": 4,
-    "PHOTO_SIDES": (48, 64),
-    "NUM_PHOTOS": 8,
-    "ROUNDS": 1,
-    "CPU_STEPS": 1,
-    "STARTUP_FILES": (70, 140),
-    "INDEX_SIZE": 1000,
-    "MATRIX_SIZE": 64,
-    "NUM_PREDICTIONS": 500,
-    "NUM_DUPLICATE_IMAGES": 50,
+    benchmark_common: {"IMAGE_SIZE": 32, "BATCH_SIZE": 4, "NUM_PHOTOS": 8, "ROUNDS": 1},
+    benchmark: {
+        "PHOTO_SIDES": (48, 64),
+        "STARTUP_FILES": (70, 140),
+        "INDEX_SIZE": 1000,
+        "NUM_PREDICTIONS": 500,
+        "NUM_DUPLICATE_IMAGES": 50,
+    },
+    benchmark_step: {"CPU_STEPS": 1, "MATRIX_SIZES": {"cpu": 64}, "EPOCH_PHOTOS": {"cpu": 8}},
+    benchmark_sharing: {"SIDE": 32, "BATCH": 2, "SECONDS": 0},
 }
 
 
@@ -34,26 +33,27 @@ def small_bench(tmp_path_factory):
     """-> content of bench.json"""
     output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL_SIZES.items():
-            patch.setattr(benchmark, name, value)
+        for module, sizes in SMALL_SIZES.items():
+            for name, value in sizes.items():
+                patch.setattr(module, name, value)
         # the reference in this process: a new one takes seconds to import torch
-        patch.setattr(benchmark, "reference_process", lambda: ThreadPoolExecutor(1))
-        patch.setattr(benchmark_sharing, "reference_process", lambda: ThreadPoolExecutor(1))
-        for name, value in {"SIDE": 32, "BATCH": 2, "SECONDS": 0}.items():
-            patch.setattr(benchmark_sharing, name, value)
+        for module in (benchmark, benchmark_step, benchmark_sharing):
+            patch.setattr(module, "reference_process", lambda: ThreadPoolExecutor(1))
         assert bench.main(["--device", "cpu", "--output", str(output)]) == 0
     return json.loads(output.read_text())
 
 
 def test_every_part_is_measured_and_written(small_bench):
-    assert set(small_bench) == {"input", "step", "evaluation", "startup", "memory_mb", "machine", "sharing", "predict"}
+    assert set(small_bench) == {*bench.PARTS, "memory_mb", "machine"} - {"memory"}
     for rates in (small_bench["input"]["48"], small_bench["input"]["64"]):
         assert set(rates) == {"reference", "cold", "warm"} and all(rate > 0 for rate in rates.values())
     step = small_bench["step"]
-    assert step["share_of_peak"] == pytest.approx(
-        step["images_per_second"] * step["gflop_per_image"] / step["peak_gflops"]
-    )
-    assert step["reference_images_per_second"] > 0
+    rates = step["batches"]["4"]
+    share = rates["images_per_second"] * step["gflop_per_image"] / step["peak_gflops"]
+    assert rates["share_of_peak"] == pytest.approx(share) and rates["reference_images_per_second"] > 0
+    epoch = small_bench["epoch"]
+    assert epoch["training"] > 0 and epoch["evaluation"] > 0 and 0 <= epoch["input_wait"] < 1
+    assert epoch["batch_size"] == 4
     assert set(small_bench["sharing"]) == {"alone", "together"} and all(r > 0 for r in small_bench["sharing"].values())
     rates = small_bench["evaluation"]["resamples_per_second"]
     assert rates["ours"] > rates["reference"] > 0 and small_bench["evaluation"]["near_duplicates_s"] > 0
