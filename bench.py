@@ -4,6 +4,7 @@
 
 python bench.py                     measure everything, print a table, write bench.json
 python bench.py --parts input step  measure only some parts
+python bench.py --scaling 1 2       measure only one training by 2 processes, compared with 1
 """
 
 import sys
@@ -17,7 +18,8 @@ PARTS = ("input", "step", "epoch", "sharing", "evaluation", "predict", "startup"
 def build_parser() -> Parser:
     parser = Parser("bench.py", __doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=f"{', '.join(PARTS)} [all]")
+    add("--parts", nargs="+", choices=PARTS, metavar="NAME", help=f"{', '.join(PARTS)} [all; none with --scaling]")
+    add("--scaling", nargs="+", type=int, metavar="N", help="numbers of processes of one training [none]")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps ... [auto]")
     add("--compile", action="store_true", help="use torch.compile in the training of this project [off]")
     add("--output", default="bench.json", metavar="FILE", help="results are saved here [bench.json]")
@@ -26,7 +28,11 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    if "memory" in args.parts and not Path("/proc/self/smaps_rollup").exists():
+    scaling = args.scaling or []
+    if any(number < 1 for number in scaling):
+        raise UserError(f"--scaling: {min(scaling)} processes cannot train; name numbers from 1")
+    parts = args.parts or ([] if scaling else PARTS)
+    if "memory" in parts and not Path("/proc/self/smaps_rollup").exists():
         raise UserError("--parts: memory can be measured only on Linux; list the other parts")
 
     from run.machine import choose_device, keep_freed_memory
@@ -38,7 +44,7 @@ def run(argv: list[str]) -> int:
         keep_freed_memory()  # as main.py does
     try:
         with Signals():
-            results = measure_parts(args.parts, choose_device(args.device), args.compile, args.output)
+            results = measure_parts(parts, choose_device(args.device), args.compile, args.output, scaling)
     except Stopped as stop:
         print(f"stopped; {args.output} has the parts measured so far", file=sys.stderr)
         return stop.status

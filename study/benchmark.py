@@ -6,7 +6,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -32,6 +32,7 @@ from run.files import write_json
 from study import benchmark_common as common
 from study.benchmark_prediction import prediction_rates
 from study.benchmark_reference import reference_input_rate, reference_process, reference_resample, wait_for_device
+from study.benchmark_scaling import check_scaling, measure_scaling
 from study.benchmark_sharing import measure_sharing
 from study.benchmark_step import measure_epoch, measure_step
 
@@ -41,8 +42,15 @@ NUM_PREDICTIONS, NUM_DUPLICATE_IMAGES = 100_000, 10_000
 INDEX_SIZE = 1_000_000
 
 
-def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, output: str | Path) -> dict:
-    """Measure the parts that `--parts` names. -> content of bench.json, which is written after each part."""
+def measure_parts(
+    parts: Iterable[str], device: torch.device, compile: bool, output: str | Path, scaling: Sequence[int] = ()
+) -> dict:
+    """Measure the parts that `--parts` names, then `--scaling`. -> content of bench.json, which is written after each.
+
+    scaling: numbers of processes. Raises UserError if there are not as many GPUs or cores.
+    """
+    if scaling:
+        check_scaling(scaling, device)
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # as main.py does
     results = {"machine": describe_machine(device)}
     write_json(output, results)  # first: a file that cannot be written is reported before minutes of measuring
@@ -56,8 +64,9 @@ def measure_parts(parts: Iterable[str], device: torch.device, compile: bool, out
         "evaluation": ("evaluation", measure_evaluation),
         "predict": ("predict", lambda: measure_predict(device)),
         "startup": ("startup", lambda: measure_startup(device)),
+        "scaling": ("scaling", lambda: measure_scaling(scaling, device)),
     }
-    for part in sorted(set(parts), key=list(measurements).index):
+    for part in sorted({*parts, *["scaling"] * bool(scaling)}, key=list(measurements).index):
         print(f"measuring {part} ...", flush=True)
         key, measure = measurements[part]
         results[key] = measure()

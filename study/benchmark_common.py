@@ -1,7 +1,7 @@
 """What the measurements of `bench.py` share: sizes, photographs, an engine like that of a training, medians."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -25,14 +25,12 @@ NUM_CLASSES = len(SAMPLES_PER_CLS)
 NUM_PHOTOS, ROUNDS = 128, 3
 
 
-def training_engine(device: torch.device, batch_size: int = BATCH_SIZE, compile: bool = False) -> Engine:
-    """An engine with random weights, built as main.py builds it for its default flags and these, in a process with
-    the same settings.
-    """
+def training_engine(device: torch.device, batch_size: int, flags: Sequence[str] = ()) -> Engine:
+    """An engine with random weights, built as main.py builds it for these flags, in a process with its settings."""
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
     torch.backends.cudnn.deterministic = True
-    flags = ["--data_dirs", ".", "--no-pretrained", "--batch_size", str(batch_size), *["--compile"] * compile]
-    engine = build_engine(parse_flags(flags), device, CBLoss(SAMPLES_PER_CLS), NUM_CLASSES)
+    args = parse_flags(["--data_dirs", ".", "--no-pretrained", "--batch_size", str(batch_size), *flags])
+    engine = build_engine(args, device, CBLoss(SAMPLES_PER_CLS), NUM_CLASSES)
     engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-4, fused=has_fused_optimizer(device))
     engine.scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
     return engine

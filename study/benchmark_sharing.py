@@ -42,7 +42,7 @@ def training_processes() -> Iterator[tuple[Executor, Executor]]:
 def training_rate(device: torch.device, side: int, batch_size: int, seconds: float) -> float:
     """Images per second of training steps on random images, for about `seconds`, after one that is not timed."""
     keep_freed_memory()  # as main.py does
-    engine = common.training_engine(device)
+    engine = common.training_engine(device, batch_size)
     images = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8, device=device)
     batch = images, torch.arange(batch_size, device=device) % common.NUM_CLASSES
     engine.train_one_epoch([batch], RunningMetrics(0, device))

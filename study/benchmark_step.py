@@ -60,7 +60,7 @@ def step_rates_or_none(device: torch.device, batch_size: int, compile: bool) -> 
 
 def _step_rates(device, batch_size, compile):
     steps = max(1, GPU_IMAGES // batch_size) if device.type == "cuda" else CPU_STEPS
-    engine = common.training_engine(device, batch_size, compile)
+    engine = common.training_engine(device, batch_size, ["--compile"] * compile)
     size = common.IMAGE_SIZE
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     images = images.contiguous(memory_format=memory_format(device))
@@ -114,10 +114,13 @@ def measure_epoch(device: torch.device, compile: bool) -> dict[str, float]:
         copies = EPOCH_COPIES[kind] * int(index.counts().max())
         args = parse_flags([*flags, "--use_augmentation", "--augment_all", "--target_samples_per_class", str(copies)])
         loader = train_loader(index, args, device, use_augmentation=True, sampling=args.sampling)
-        engine, in_order = common.training_engine(device, batch_size, compile), eval_loader(index, args, device)
+        engine, in_order = (
+            common.training_engine(device, batch_size, ["--compile"] * compile),
+            eval_loader(index, args, device),
+        )
 
         def train(epoch):
-            loader.sampler.set_epoch(epoch)
+            loader.batch_sampler.sampler.set_epoch(epoch)
             return engine.train_one_epoch(loader, RunningMetrics(epoch, device))
 
         def evaluate():

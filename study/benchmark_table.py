@@ -16,6 +16,7 @@ def format_table(results: dict) -> str:
         for name in ("training", "evaluation"):
             rows.append((f"{name} from the cache, batch {epoch['batch_size']}, images/s", "", _rate(epoch[name]), ""))
         rows.append(("share of the training spent waiting for input", "", f"{epoch['input_wait']:.2%}", ""))
+    rows += _scaling_rows(results["scaling"]) if "scaling" in results else []
     if sharing := results.get("sharing"):
         alone, together = sharing["alone"], sharing["together"]
         title = "two trainings at once (reference: one alone), 64 px, images/s"
@@ -49,6 +50,22 @@ def _step_rows(step):
         rows.append((title, _rate(reference), _rate(ours), f"{ours / reference:.2f}x"))
         shares = f"{rates['reference_share_of_peak']:.0%}", f"{rates['share_of_peak']:.0%}"
         rows.append((f"share of the matrix peak, {step['peak_gflops']:.0f} GFLOP/s", *shares, ""))
+    return rows
+
+
+def _scaling_rows(scaling):
+    """The reference of N processes is N times one alone, so that the ratio is the efficiency."""
+    rows, one = [], scaling["processes"]["1"]["together"]
+    for number, rates in scaling["processes"].items():
+        title = f"training by {number} process{'es' * (number != '1')}, {scaling['batch_size']} images each"
+        title += f", {scaling['side']} px, images/s"
+        perfect = int(number) * one
+        rows.append((title, _rate(perfect), _rate(rates["together"]), f"{rates['together'] / perfect:.2f}x"))
+        if number != "1":
+            gradients = rates["together"] * (1 / rates["no_sync_bn"] - 1 / rates["alone"])
+            statistics = rates["together"] * (1 / rates["together"] - 1 / rates["no_sync_bn"])
+            title = f"share of the time for exchanging {scaling['gradient_mb']:.0f} MB of gradients / for `--sync_bn`"
+            rows.append((title, "", f"{max(0, gradients):.0%} / {max(0, statistics):.0%}", ""))
     return rows
 
 

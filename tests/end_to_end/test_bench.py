@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 
 import bench
-from study import benchmark, benchmark_common, benchmark_sharing, benchmark_step
+from study import benchmark, benchmark_common, benchmark_scaling, benchmark_sharing, benchmark_step
 
 SMALL_SIZES = {
     benchmark_common: {"IMAGE_SIZE": 32, "BATCH_SIZE": 4, "NUM_PHOTOS": 8, "ROUNDS": 1},
@@ -92,3 +92,32 @@ def test_a_signal_ends_the_benchmark_in_one_line(tmp_path, number):
     assert process.returncode == 128 + number
     assert error == f"stopped; {output} has the parts measured so far\n"
     assert set(json.loads(output.read_text())) == {"machine"}
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """-> content of bench.json, of processes that torchrun starts"""
+    output = tmp_path_factory.mktemp("scaling") / "bench.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_scaling, "num_cores", lambda: 2)
+        patch.setattr(benchmark_scaling, "BATCHES", {"cpu": 2})
+        patch.setattr(benchmark_scaling, "SECONDS", 0)
+        assert bench.main(["--device", "cpu", "--scaling", "2", "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_one_training_by_two_processes_is_compared_with_one_by_a_single_process(scaled):
+    assert set(scaled) == {"machine", "scaling"}
+    one, two = (scaled["scaling"]["processes"][number] for number in ("1", "2"))
+    assert one["alone"] == one["no_sync_bn"] == one["together"] > 0
+    assert all(rate > 0 for rate in two.values()) and len(set(two.values())) == 3
+    # 23.5 million weights of the ResNet-50 with a head of 7 classes, in float32
+    assert scaled["scaling"]["gradient_mb"] == pytest.approx(94.1, abs=0.1)
+
+
+@pytest.mark.parametrize("words, message", [("0", "name numbers from 1"), ("1 5000", "this machine has")])
+def test_numbers_of_processes_that_cannot_be_are_one_line(tmp_path, capsys, words, message):
+    flags = ["--device", "cpu", "--output", str(tmp_path / "bench.json"), "--scaling", *words.split()]
+    assert bench.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --scaling: ") and message in error and len(error.splitlines()) == 1

@@ -23,6 +23,7 @@ UNITS = {
     "batch_size": "images", "crt_epochs": "epochs", "drw_epoch": "epochs", "epochs": "epochs", "fold": "fold",
     "folds": "trainings", "grad_accum": "batches", "image_size": "pixels", "jobs": "at once",
     "max_megapixels": "megapixels", "num_workers": "processes", "patience": "epochs", "save_every": "steps",
+    "scaling": "processes",
     "save_minutes": "minutes", "target_samples_per_class": "images", "trials": "trials", "wandb_images": "photographs",
     "warmup_epochs": "epochs",
 }  # fmt: skip

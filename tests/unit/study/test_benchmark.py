@@ -38,11 +38,24 @@ def test_the_table_of_a_gpu_has_a_row_per_batch_size_and_the_rates_of_an_epoch()
     ]
 
 
+def test_the_efficiency_of_several_processes_is_their_rate_by_that_of_as_many_single_ones():
+    one, two = (
+        dict.fromkeys(("alone", "no_sync_bn", "together"), 50.0),
+        {"alone": 96, "no_sync_bn": 90, "together": 75},
+    )
+    scaling = {"side": 32, "batch_size": 16, "gradient_mb": 94.1, "processes": {"1": one, "2": two}}
+    assert format_table({"scaling": scaling}).splitlines()[2:] == [
+        "| training by 1 process, 16 images each, 32 px, images/s | 50.00 | 50.00 | 1.00x |",
+        "| training by 2 processes, 16 images each, 32 px, images/s | 100 | 75.00 | 0.75x |",
+        "| share of the time for exchanging 94 MB of gradients / for `--sync_bn` |  | 5% / 17% |  |",
+    ]
+
+
 def test_what_is_timed_is_what_main_trains(thin_network, monkeypatch):
     """The settings of cuDNN, the precision, clipping and dropout; and with --compile, the size of the batch."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     set_float32_precision(None)
-    engine = benchmark_common.training_engine(torch.device("cpu"), 8, compile=True)
+    engine = benchmark_common.training_engine(torch.device("cpu"), 8, ["--compile"])
     args = parse_flags(["--data_dirs", "."])
     assert torch.backends.cudnn.deterministic
     assert torch.backends.cudnn.allow_tf32 == (engine.amp_dtype is not None)
@@ -106,6 +119,7 @@ def test_the_command_offers_every_part_and_no_other(tmp_path, monkeypatch):
     measured = []
     for part in bench.PARTS:
         monkeypatch.setattr(benchmark, f"measure_{part}", lambda *args, part=part: measured.append(part))
+    monkeypatch.setattr(benchmark, "measure_scaling", lambda *_: pytest.fail("not asked for"))
     results = benchmark.measure_parts(bench.PARTS, torch.device("cpu"), False, tmp_path / "bench.json")
     assert sorted(measured) == sorted(bench.PARTS) and measured[0] == "memory"
     assert set(results) == {
