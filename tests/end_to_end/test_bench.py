@@ -6,26 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import ROOT
+from small_bench import small_settings
 
 import bench
-from study import benchmark, benchmark_common, benchmark_scaling, benchmark_sharing, benchmark_step
-
-SMALL_SIZES = {
-    benchmark_common: {"IMAGE_SIZE": 32, "BATCH_SIZE": 4, "NUM_PHOTOS": 8, "ROUNDS": 1},
-    benchmark: {
-        "PHOTO_SIDES": (48, 64),
-        "STARTUP_FILES": (70, 140),
-        "INDEX_SIZE": 1000,
-        "NUM_PREDICTIONS": 500,
-        "NUM_DUPLICATE_IMAGES": 50,
-    },
-    benchmark_step: {"CPU_STEPS": 1, "MATRIX_SIZES": {"cpu": 64}, "EPOCH_PHOTOS": {"cpu": 8}},
-    benchmark_sharing: {"SIDE": 32, "BATCH": 2, "SECONDS": 0},
-}
+from study import benchmark, benchmark_scaling
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +20,8 @@ def small_bench(tmp_path_factory):
     """-> content of bench.json"""
     output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        for module, sizes in SMALL_SIZES.items():
-            for name, value in sizes.items():
-                patch.setattr(module, name, value)
-        # the reference in this process: a new one takes seconds to import torch
-        for module in (benchmark, benchmark_step, benchmark_sharing):
-            patch.setattr(module, "reference_process", lambda: ThreadPoolExecutor(1))
+        for setting in small_settings():
+            patch.setattr(*setting)
         assert bench.main(["--device", "cpu", "--output", str(output)]) == 0
     return json.loads(output.read_text())
 
@@ -99,9 +82,9 @@ def scaled(tmp_path_factory):
     """-> content of bench.json, of processes that torchrun starts"""
     output = tmp_path_factory.mktemp("scaling") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
+        for setting in small_settings():
+            patch.setattr(*setting)
         patch.setattr(benchmark_scaling, "num_cores", lambda: 2)
-        patch.setattr(benchmark_scaling, "BATCHES", {"cpu": 2})
-        patch.setattr(benchmark_scaling, "SECONDS", 0)
         assert bench.main(["--device", "cpu", "--scaling", "2", "--output", str(output)]) == 0
     return json.loads(output.read_text())
 

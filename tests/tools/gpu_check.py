@@ -1,14 +1,16 @@
 """Check main.py on a GPU and measure how fast it is there, in parts: each a process with a time limit.
 
-    python tests/tools/gpu_check.py --out DIR              on a machine with a GPU (about 4.5 minutes)
+    python tests/tools/gpu_check.py --out DIR              on a machine with a GPU (less than 5 minutes)
     python tests/tools/gpu_check.py --device cpu --tiny    dry run without a GPU; what needs one is skipped
 
-Does without wandb, optuna and sqlalchemy. Every result is written at once, so that a run that is killed leaves what it
-has measured in DIR/gpu_check.jsonl.
+Parts that only check run side by side, those that measure one after the other. With several GPUs, one training on all
+of them is measured too. Does without wandb, optuna and sqlalchemy. Every result is written at once, so that a run that
+is killed leaves what it has measured in DIR/gpu_check.jsonl.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -17,10 +19,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -33,9 +37,12 @@ import torch
 from thin_main import thin_resnet50
 from torch.profiler import ProfilerActivity, profile
 
+import batch_search
+import parallel
 import resnet_custom
 from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, EpochSampler, make_loader, to_tensor
 from engine import Engine, Mixer, RunningMetrics
+from flag_checks import parse_flags
 from flags import AUGMENTATIONS, TRAIN_LOSSES
 from images.augment import IDENTITY, augment, augment_batch, draw_parameters, resize
 from images.cache import ImageCache
@@ -44,13 +51,30 @@ from images.device_batches import DeviceBatches
 from images.folders import ImageIndex, Paths
 from main import main as run_main
 from model import Model, load_checkpoint
-from run.machine import resolve_amp, set_float32_precision
+from resume import snapshot
+from run import ranks
+from run.files import read_rows
+from run.machine import random_state, resolve_amp, set_float32_precision
+from run.progress import Progress
+from run.saver import BEST, LAST, Saver
+from run.signals import CALL, Signals
 from utils import build_loss
 
 os.environ["WANDB_MODE"] = "disabled"
 ROOT = Path(__file__).resolve().parents[2]
-# part: its time limit in seconds; the most important first
-PARTS = {"correct": 60, "resume": 75, "speed": 60, "input": 55, "compile": 110}
+# part: its time limit in seconds. Parts of a phase run side by side; the most important phases come first
+PHASES = (
+    {"correct": 90, "resume": 100, "ranks": 100, "compile": 110},
+    {"auto": 30},
+    {"save": 20},
+    {"bench": 70},
+    {"speed": 50},
+    {"compiled": 60},  # what compile has compiled is in torch's cache of compiled code
+    {"input": 40},
+)
+PARTS = {part: limit for phase in PHASES for part, limit in phase.items()}
+# images/s on an H100, derived from published speeds: see docs/speed.md
+AIMS = {"training": 3000, "compiled": 3700, "evaluation": 8000}
 BF16_PEAK = 989e12  # FLOP/s, dense, from the data sheet of the H100 SXM
 GFLOP = 37.0  # forward and backward pass of an image at 224 px (study.benchmark.gflop_per_image)
 SAMPLES_PER_CLS = (1000, 500, 200, 100, 50, 30, 20)
@@ -109,6 +133,47 @@ def new_engine(device, amp=None, loss="cb", lr=1e-4, dropout=0.0, **options):
     return engine
 
 
+def run_step(engine, batch, metrics, size=None):
+    """One optimizer step of an engine that is alone."""
+    engine._step([(batch, None)], metrics, size)
+
+
+def logits_and_loss(engine, images, targets):
+    logits, _, loss = engine._logits_and_loss(images, targets, len(targets))
+    return logits, loss
+
+
+def gradient_of(model):
+    """-> (N,) all gradients"""
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def relative_error(expected, actual):
+    expected, actual = (tensor.detach().double().cpu() for tensor in (expected, actual))
+    return float((expected - actual).norm() / expected.norm())
+
+
+def reaches(device, rate, aim):
+    """-> whether a rate on an H100 is what was aimed at; None elsewhere"""
+    is_h100 = device.type == "cuda" and "H100" in torch.cuda.get_device_name(device)
+    return rate >= AIMS[aim] if is_h100 else None
+
+
+@contextlib.contextmanager
+def no_host_sync(log, name):
+    """A context in which an operation that makes the host wait for the GPU is a failed check."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+        log(f"no host sync: {name}", True)
+    except RuntimeError as error:
+        frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+        log(f"no host sync: {name}", False, at=frames[-3:], error=str(error)[:100])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ----------------------------------------------------------------------------------------------------------- correct
 
 
@@ -118,7 +183,7 @@ def part_correct(log, device, tiny):
     amp = resolve_amp("auto", device)
     log("amp auto", amp is torch.bfloat16 if is_gpu else None, dtype=amp)
     side = 32 if tiny else 64
-    for check in (check_float32, check_losses, check_augmentation, check_batch_order):
+    for check in (check_float32, check_losses, check_augmentation, check_batch_order, check_average):
         with log.guarded(check.__name__):
             check(log, device, side)
     for dtype in (None, torch.bfloat16, torch.float16):
@@ -139,12 +204,11 @@ def check_float32(log, device, side):
     results = []
     for place in (torch.device("cpu"), device):
         engine = new_engine(place)
-        logits, loss = engine._logits_and_loss(images.to(place), targets.to(place))
+        logits, loss = logits_and_loss(engine, images.to(place), targets.to(place))
         loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in engine.model.parameters()])
-        results.append([tensor.detach().double().cpu() for tensor in (logits, loss, gradient)])
+        results.append((logits, loss, gradient_of(engine.model)))
     set_float32_precision(torch.bfloat16)
-    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    errors = list(map(relative_error, *results))
     ok = errors[0] < 1e-4 and errors[1] < 1e-4 and errors[2] < 2e-2
     log("float32 as on the CPU", ok, **dict(zip(("logits", "loss", "gradient"), errors, strict=True)))
 
@@ -201,6 +265,20 @@ def check_batch_order(log, device, side):
     log("batches arrive whole and in order", ok)
 
 
+def check_average(log, device, side):
+    """--ema: the averaged weights are those that the CPU computes from the same weights."""
+    engines = [new_engine(place, ema=0.999) for place in (torch.device("cpu"), device)]
+    for _ in range(3):
+        for engine in engines:
+            with torch.no_grad():
+                for parameter in engine.model.parameters():
+                    parameter.mul_(1.1)
+            engine.average.update()
+    vectors = [torch.cat([p.detach().flatten() for p in engine.evaluated.parameters()]) for engine in engines]
+    error = relative_error(*vectors)
+    log("averaged weights as on the CPU", error < 1e-6, error=error)
+
+
 def check_learning(log, device, side, amp, epochs, steps):
     engine = new_engine(device, amp, "ce", 3e-4, dropout=0.1)
     images, targets = image_batch(32, side)
@@ -215,7 +293,7 @@ def check_overflow(log, device, side):
     engine.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)
     before = engine.model.head.weight.detach().clone()
     images, targets = (tensor.to(device) for tensor in image_batch(16, side))
-    engine._step([(images, targets)], RunningMetrics(0, device), None)
+    run_step(engine, (images, targets), RunningMetrics(0, device))
     ok = torch.equal(before, engine.model.head.weight) and engine.scaler.get_scale() == 2.0**39
     engine.check_weights()
     log("float16 overflow skips the step and halves the scale", ok)
@@ -235,17 +313,9 @@ def check_host_syncs(log, device, side):
         size = options.pop("size", None)
         engine, metrics = new_engine(device, **options), RunningMetrics(0, device)
         for _ in range(2):
-            engine._step([(augment_batch(images, parameters), targets)], metrics, size)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            engine._step([(augment_batch(images, parameters), targets)], metrics, size)
-            log(f"no host sync: {name}", True)
-        except RuntimeError as error:
-            frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-            log(f"no host sync: {name}", False, at=frames[-3:], error=str(error)[:100])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            run_step(engine, (augment_batch(images, parameters), targets), metrics, size)
+        with no_host_sync(log, name):
+            run_step(engine, (augment_batch(images, parameters), targets), metrics, size)
 
 
 def check_reserved_memory(log, device):
@@ -272,9 +342,8 @@ def part_resume(log, device, tiny):
         runs = Runs(Path(work), device)
         everything = ["--use_augmentation", "--augment_all", "--mixup", 0.2, "--ema", 0.99, "--grad_accum", 2]
         configs = {
-            "bf16": ["--amp", "bf16", "--use_augmentation"],
             "fp16 with everything": ["--amp", "fp16", *everything],
-            "float32": ["--amp", "off"],
+            "bf16": ["--amp", "bf16", "--use_augmentation"],
         }
         for name, flags in list(configs.items())[: 1 if tiny else None]:
             with log.guarded(name):
@@ -315,13 +384,23 @@ class Runs:
         self.data_flags = ["--data_dirs", work / "data", "--no-pretrained", "--image_size", 64]
         self.data_flags += ["--batch_size", 16, "--epochs", 2]
 
-    def start(self, name, *flags, stop_after=0):
+    def new_run_flags(self, name, lr):
+        return [*self.data_flags, "--lr", lr, "--run_dir", self.work / name]
+
+    def start(self, name, *flags, stop_after=0, lr=1e-3):
         """-> exit status. stop_after: number of optimizer steps, 0 for all."""
         self._steps_left = stop_after
         shared = [*self.cache_flags, "--num_workers", 2, "--device", self.device]
         if "--resume" not in flags:
-            shared += [*self.data_flags, "--lr", 1e-3, "--run_dir", self.work / name]
+            shared += self.new_run_flags(name, lr)
         return run_main([str(flag) for flag in (*shared, *flags)])
+
+    def start_ranks(self, tiny, *flags):
+        """Two processes of torchrun on the same GPU. -> CompletedProcess"""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        program = [ROOT / "tests/tools/ranks_on_one_gpu.py", *["thin"] * tiny]
+        command = [*launcher, *program, *self.cache_flags, "--device", self.device.type, *flags]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     def differing(self, first, second):
         """-> names of what differs between the last checkpoints of two runs"""
@@ -427,25 +506,21 @@ def part_speed(log, device, tiny):
     peak = matrix_peak(log, device, tiny)
     cudnn, bf16 = torch.backends.cudnn, torch.bfloat16
     cudnn.deterministic = True  # as in main.py
-    for batch in (2,) if tiny else (32, 64, 128, 256):
+    for batch in (2,) if tiny else (32, 256):
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}", batch, bf16)
+        measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
     if device.type != "cuda" or tiny:
         return
-    for batch in (256, 32):
-        measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
-    measure_step(log, device, tiny, peak, "fp16, batch 256", 256, torch.float16)
     set_float32_precision(None)  # as in main.py --amp off
     measure_step(log, device, tiny, peak, "float32, batch 128", 128, None, steps=8)
     set_float32_precision(bf16)
-    for cudnn.benchmark, cudnn.deterministic in ((False, False), (True, False), (True, True)):
-        name = f"bf16, batch 256, benchmark {cudnn.benchmark}, deterministic {cudnn.deterministic}"
-        measure_step(log, device, tiny, peak, name, 256, bf16)
-    cudnn.benchmark = False
+    cudnn.benchmark, cudnn.deterministic = True, False
+    measure_step(log, device, tiny, peak, "bf16, batch 256, benchmark True, deterministic False", 256, bf16)
+    cudnn.benchmark, cudnn.deterministic = False, True
     with log.guarded("profile"):
         profile_step(log, device)
-    for batch in (32, 64):
-        with log.guarded(f"CUDA graph, batch {batch}"):
-            measure_captured_step(log, device, batch)
+    with log.guarded("CUDA graph"):
+        measure_captured_step(log, device, 32)
 
 
 def measure_step(log, device, tiny, peak, name, batch, amp, steps=None, **options):
@@ -455,7 +530,7 @@ def measure_step(log, device, tiny, peak, name, batch, amp, steps=None, **option
         metrics = RunningMetrics(0, device)
 
         def step():
-            engine._step([(images, targets)], metrics, None)
+            run_step(engine, (images, targets), metrics)
             if metrics.unchecked >= 10:
                 metrics.check()
 
@@ -473,11 +548,11 @@ def profile_step(log, device):
     engine, metrics = new_engine(device, torch.bfloat16, dropout=0.3), RunningMetrics(0, device)
     batch = tuple(tensor.to(device) for tensor in image_batch(256, 224))
     for _ in range(3):
-        engine._step([batch], metrics, None)
+        run_step(engine, batch, metrics)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(2):
-            engine._step([batch], metrics, None)
+            run_step(engine, batch, metrics)
         torch.cuda.synchronize()
     kernels = [(e.self_device_time_total / 2e3, e.count // 2, e.key[:70]) for e in profiled.key_averages()]
     kinds = {}
@@ -500,8 +575,7 @@ def measure_captured_step(log, device, batch):
 
     def step():
         engine.optimizer.zero_grad(set_to_none=True)
-        _, loss = engine._logits_and_loss(images, targets)
-        loss.backward()
+        logits_and_loss(engine, images, targets)[1].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         engine.optimizer.step()
 
@@ -525,20 +599,18 @@ def measure_captured_step(log, device, batch):
 def part_input(log, device, tiny):
     """From the cache of decoded images to the trained step."""
     torch.backends.cudnn.deterministic = True
-    side, count = (32, 64) if tiny else (224, 8192)
+    side, count = (32, 64) if tiny else (224, 4096)
     log("machine", cores=os.cpu_count(), shm_gib=shutil.disk_usage("/dev/shm").total // 2**30)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         originals = DoubleSkinDataset(cached_noise(Path(work), side, count), side)
         dataset = AugmentedSkinDataset(originals, 1, on_device=device.type == "cuda", augment_all=True)
-        for batch in (8,) if tiny else (32, 256):
-            for workers in (0, 1) if tiny else (0, 2, 4, 8, 14):
-                with log.guarded(f"loader alone, batch {batch}, {workers} workers"):
-                    measure_loader(log, device, dataset, batch, workers)
-        for batch, workers in ((8, 0),) if tiny else ((256, 8), (128, 8), (32, 8), (256, 4)):
+        for workers in (0, 1) if tiny else (0, 2, 8):
+            batch = 8 if tiny else 256
+            with log.guarded(f"loader alone, batch {batch}, {workers} workers"):
+                measure_loader(log, device, dataset, batch, workers)
+        for batch, workers in ((8, 0),) if tiny else ((256, 0), (32, 0), (256, 8)):
             with log.guarded(f"an epoch, batch {batch}, {workers} workers"):
-                engine = measure_epochs(log, device, dataset, batch, workers)
-                if tiny or (batch, workers) == (256, 8):
-                    measure_end_of_epoch(log, device, engine, originals, batch, workers)
+                measure_epochs(log, device, dataset, batch, workers)
 
 
 def cached_noise(folder, side, count):
@@ -573,7 +645,6 @@ def measure_loader(log, device, dataset, batch, workers):
 
 
 def measure_epochs(log, device, dataset, batch, workers):
-    """-> the engine that was trained"""
     engine = new_engine(device, torch.bfloat16, dropout=0.3)
     batches = training_batches(device, dataset, batch, workers)
     for epoch in range(2):
@@ -581,56 +652,251 @@ def measure_epochs(log, device, dataset, batch, workers):
         row = engine.train_one_epoch(batches, RunningMetrics(epoch, device))
     name = f"an epoch from the cache, augmented on the device, batch {batch}, {workers} workers"
     log(name, images_s=row["images_per_second"], input_wait=row["input_wait"])
-    return engine
 
 
-def measure_end_of_epoch(log, device, engine, originals, batch, workers):
-    """Evaluation, and a checkpoint into memory."""
-    batches = make_loader(originals, 2 * batch, num_workers=workers, pin_memory=device.type == "cuda")
-    for _ in range(2):  # the first starts the workers
-        started = time.perf_counter()
-        engine.evaluate(batches, "val")
-    log("evaluation", images_s=len(originals) / (time.perf_counter() - started))
-
-    started, buffer = time.perf_counter(), io.BytesIO()
-    torch.save({"model": engine.model.state_dict(), "optimizer": engine.optimizer.state_dict()}, buffer)
-    seconds = time.perf_counter() - started
-    log("a checkpoint into memory", seconds=seconds, mb=buffer.getbuffer().nbytes / 1e6)
-
-
-# ----------------------------------------------------------------------------------------------------------- compile
+# ----------------------------------------------------------------------------------------------- compile and compiled
 
 
 def part_compile(log, device, tiny):
-    """torch.compile: the same loss, how long it takes, how fast the steps are."""
+    """torch.compile: the same loss and outputs, also of the averaged model; one graph for each of them."""
     torch.backends.cudnn.deterministic = True
-    for mode, batch in ((None, 4),) if tiny else ((None, 256), (None, 32), ("reduce-overhead", 32)):
-        name = f"compiled ({mode or 'default'}), batch {batch}"
-        with log.guarded(name):
-            measure_compiled_step(log, device, tiny, name, mode, batch)
-
-
-def measure_compiled_step(log, device, tiny, name, mode, batch):
-    torch._dynamo.reset()
-    engine, metrics = new_engine(device, torch.bfloat16), RunningMetrics(0, device)
-    images, targets = (tensor.to(device) for tensor in image_batch(batch, 32 if tiny else 224))
-    eager = engine._logits_and_loss(images, targets)[1].item()
-    engine.model.compile(dynamic=False, **({"mode": mode} if mode else {}))
+    batch, side = (4, 32) if tiny else (256, 224)
+    engine = new_engine(device, torch.bfloat16, ema=0.9, compiled_batch=batch)
+    images, targets = (tensor.to(device) for tensor in image_batch(batch, side))
+    with torch.compiler.set_stance("force_eager"):
+        eager = logits_and_loss(engine, images, targets)[1].item()
+    torch._dynamo.utils.counters.clear()
     started = time.perf_counter()
-    _, loss = engine._logits_and_loss(images, targets)
+    _, loss = logits_and_loss(engine, images, targets)
     loss.backward()
     loss = loss.item()
-    compile_s = time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    log("compiled: the loss", abs(loss - eager) < 0.05 * abs(eager), loss=loss, eager=eager, compile_s=seconds)
+    for _ in range(3):
+        run_step(engine, (images, targets), RunningMetrics(0, device))
+
+    loader = [(torch.cat([images] * 2), torch.cat([targets] * 2)), (images, targets)]  # a full batch and an odd one
+    started = time.perf_counter()
+    compiled = engine.evaluate(loader, "compiled")
+    seconds = time.perf_counter() - started
+    with torch.compiler.set_stance("force_eager"):
+        outputs = engine.evaluate(loader, "eager")
+    gap = float(np.abs(outputs.probabilities - compiled.probabilities).max())
+    log("compiled: the averaged model is evaluated", gap < 0.05, largest=gap, compile_s=seconds)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    log("compiled: a graph for training and one for evaluation", graphs == 2, graphs=graphs)
+
+
+def part_compiled(log, device, tiny):
+    """How fast compiled steps and evaluations are."""
+    torch.backends.cudnn.deterministic = True
+    batch, side = (4, 32) if tiny else (256, 224)
+    engine, metrics = new_engine(device, torch.bfloat16, ema=0.9, compiled_batch=batch), RunningMetrics(0, device)
+    images, targets = (tensor.to(device) for tensor in image_batch(batch, side))
+    started = time.perf_counter()
+    for _ in range(4):
+        run_step(engine, (images, targets), metrics)
+    metrics.check(last=True)
+    seconds = time.perf_counter() - started
+    values = speed_values(
+        batch, *timed(lambda: run_step(engine, (images, targets), metrics), 2 if tiny else 16, device)
+    )
+    ok = reaches(device, values["images_s"], "compiled")
+    log(f"compiled, ema, batch {batch}", ok, **values, first_steps_s=seconds)
+
+    loader = [(torch.cat([images] * 2), torch.cat([targets] * 2))] * (2 if tiny else 16)
+    engine.evaluate(loader[:1], "compiled")
+    started = time.perf_counter()
+    engine.evaluate(loader, "compiled")
+    log("compiled, evaluation", images_s=len(loader) * 2 * batch / (time.perf_counter() - started))
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+
+def part_ranks(log, device, tiny):
+    """Several processes: two of torchrun on this GPU, which gloo connects, and NCCL with a single one."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        runs = Runs(Path(work), device)
+        with log.guarded("two processes"):
+            check_two_ranks(log, runs, device, tiny)
+    with log.guarded("NCCL"):
+        check_collectives(log, device, 32 if tiny else 64)
+
+
+def check_two_ranks(log, runs, device, tiny):
+    """main.py in two processes trains and evaluates as in one."""
+    flags = ["--amp", "off", "--use_augmentation", "--num_workers", 0]
+    rate = 1e-6  # small: Adam's first steps turn differences of rounding into differences of the learning rate
+    status = runs.start("one", *flags, lr=rate)
+    started = time.perf_counter()
+    trained = runs.start_ranks(tiny, *flags, *runs.new_run_flags("two", rate))
+    seconds = time.perf_counter() - started
+    if (status, trained.returncode) != (0, 0):
+        log("two processes train", False, status=(status, trained.returncode), stderr=trained.stderr[-400:])
+        return
+    rows = [load_checkpoint(runs.work / name / "last_model.pth")["history"] for name in ("one", "two")]
+    gaps = {
+        name: max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(*rows, strict=True))
+        for name in ("train_loss", "val_loss")
+    }
+    log("two processes train as one", max(gaps.values()) < 1e-3, **gaps, seconds=seconds)
+
+    checkpoint = runs.work / "one" / "best_model.pth"
+    flags = ["--eval_only", "--resume", checkpoint, "--run_dir", runs.work / "evaluated"]
+    evaluated = runs.start_ranks(tiny, *flags)
+    if evaluated.returncode:
+        log("two processes evaluate", False, status=evaluated.returncode, stderr=evaluated.stderr[-400:])
+        return
+    tables = [read_rows(runs.work / name / "test_predictions.csv") for name in ("one", "evaluated")]
+    gap = max(
+        abs(float(a[name]) - float(b[name]))
+        for a, b in zip(*tables, strict=True)
+        for name in a
+        if name.startswith("prob_")
+    )
+    ok = gap < 1e-4 and [row["path"] for row in tables[0]] == [row["path"] for row in tables[1]]
+    log("two processes evaluate as one", ok, largest=gap)
+
+
+def check_collectives(log, device, side):
+    """DistributedDataParallel and the exchanges of run/ranks.py in a group of one process: NCCL on a GPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
+    ranks.launched_by_torchrun = lambda: True  # which is otherwise so with two processes or more
+    ranks.run_together(lambda: check_group_of_one(log, device, side), None)
+
+
+def check_group_of_one(log, device, side):
+    torch.backends.cudnn.deterministic = True
+    set_float32_precision(None)
+    images, targets = (tensor.to(device) for tensor in image_batch(16, side))
+    plain, shared = (new_engine(device) for _ in range(2))
+    parallel.prepare(shared.model, device, sync_bn=device.type == "cuda")
+    shared.model.dropout.total = len(images)
+    shared.trained = parallel.average_gradients(shared.model)
+    for engine in (plain, shared):
+        logits_and_loss(engine, images, targets)[1].backward()
+    error = relative_error(gradient_of(plain.model), gradient_of(shared.model))
+    backend = torch.distributed.get_backend_config()
+    log("gradients of DistributedDataParallel", error < 1e-5, error=error, backend=backend)
+
+    tensor = torch.arange(4.0, device=device)
+    ranks.share_tensors([tensor])
+    exchanged = ranks.sum_over_ranks(tensor.clone()), ranks.gather("here"), ranks.from_first(lambda: 5, "counts")
+    ok = torch.equal(exchanged[0], tensor) and exchanged[1:] == (["here"], 5)
+    log("exchanges of a group of one", ok, backend=backend)
+    if device.type == "cuda":
+        metrics = RunningMetrics(0, device)
+        for _ in range(2):
+            run_step(shared, (images, targets), metrics)
+        with no_host_sync(log, "DistributedDataParallel"):
+            run_step(shared, (images, targets), metrics)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- auto
+
+
+def part_auto(log, device, tiny):
+    """--batch_size auto: the largest batch that fits, and a smaller one where there is less memory."""
+    torch.backends.cudnn.deterministic = True
+    limit, criterion = 16 if tiny else 1024, build_loss("cb", SAMPLES_PER_CLS)
+    flags = ["--data_dirs", ".", "--no-pretrained", "--batch_size", "auto", "--image_size", 32 if tiny else 224]
+    args = parse_flags(list(map(str, flags)))
+    torch.empty(1, device=device)
+    state = random_state(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    started = time.perf_counter()
+    largest = batch_search.largest_batch(args, device, criterion, NUM_CLASSES, limit)
+    seconds = time.perf_counter() - started
+    kept = all(map(torch.equal, [state["cpu"], *state["cuda"]], [(now := random_state(device))["cpu"], *now["cuda"]]))
+    left = (torch.cuda.memory_allocated() - before) / 2**20 if device.type == "cuda" else 0
+    log("--batch_size auto", kept and left < 1, largest=largest, seconds=seconds, mib_left=left, random_state_kept=kept)
+    if device.type != "cuda":
+        return
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    small = batch_search.largest_batch(args, device, criterion, NUM_CLASSES, limit)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    log("--batch_size auto with a tenth of the memory", small < largest, largest=small)
+
+
+# -------------------------------------------------------------------------------------------------------------- save
+
+
+def part_save(log, device, tiny):
+    """How long a save stops the training, and how fast the training is while a thread writes."""
+    torch.backends.cudnn.deterministic = True
+    batch, side = (4, 32) if tiny else (256, 224)
+    engine, metrics = new_engine(device, torch.bfloat16, dropout=0.3), RunningMetrics(0, device)
+    images = tuple(tensor.to(device) for tensor in image_batch(batch, side))
 
     def step():
-        if mode:
-            torch.compiler.cudagraph_mark_step_begin()
-        engine._step([(images, targets)], metrics, None)
+        run_step(engine, images, metrics)
+        metrics.check(last=True)  # waits for the GPU: the clock of the host is read after each step
+
+    def is_writing():
+        return any(thread.name == CALL for thread in threading.enumerate())
 
     for _ in range(4):
         step()
-    values = speed_values(batch, *timed(step, 2 if tiny else max(8, min(40, 4000 // batch)), device))
-    log(name, abs(loss - eager) < 0.05 * abs(eager), **values, compile_s=compile_s, loss=loss, eager=eager)
+    quiet, _ = timed(step, 2 if tiny else 8, device, 1)
+    counts = np.array(SAMPLES_PER_CLS)
+    targets = np.repeat(np.arange(NUM_CLASSES), counts)
+    paths = Paths(f"/data/{target}/{i}.jpg" for i, target in enumerate(targets))
+    index = ImageIndex(paths, targets, [str(c) for c in range(NUM_CLASSES)])
+    args, splits = parse_flags(["--data_dirs", ".", "--no-pretrained"]), dict.fromkeys(("train", "val", "test"), index)
+    with tempfile.TemporaryDirectory() as folder, Signals() as signals, signals.deferred():
+        take_snapshot = functools.partial(snapshot, engine, Progress(), args, splits, counts, None)
+        saver = Saver(folder, take_snapshot, signals)
+        stopped, busy = [], []
+        for _ in range(2):
+            started = time.perf_counter()
+            saver.after_epoch(True)
+            stopped.append(time.perf_counter() - started)
+            deadline = time.perf_counter() + 3
+            while is_writing() and time.perf_counter() < deadline:
+                started = time.perf_counter()
+                step()
+                busy.append(time.perf_counter() - started)
+            saver.finish()
+        files = [Path(folder, name) for name in (LAST, BEST)]
+        values = {"mb": files[0].stat().st_size / 1e6, "seconds_stopped": min(stopped), "ms_per_step": 1e3 * quiet}
+        if busy:
+            values |= {"ms_per_step_while_writing": 1e3 * statistics.median(busy), "steps_while_writing": len(busy)}
+        is_whole = [load_checkpoint(file)["epoch"] for file in files] == [-1, -1]
+        log("a save stops the training for less than 0.3 s", is_whole and (tiny or min(stopped) < 0.3), **values)
+
+
+# ------------------------------------------------------------------------------------------------------------- bench
+
+
+def part_bench(log, device, tiny):
+    """The command that users run, for the step and the epoch; with several GPUs, for one training on all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, program = Path(folder, "bench.json"), ROOT / ("tests/tools/small_bench.py" if tiny else "bench.py")
+        flags = ["--device", device, "--parts", "step", "epoch", "--output", output]
+        if torch.cuda.device_count() > 1:
+            flags += ["--scaling", 1, torch.cuda.device_count()]
+        command = [sys.executable, program, *flags]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        log("bench.py", done.returncode == 0, status=done.returncode, stderr=done.stderr[-300:])
+        for line in done.stdout.splitlines():
+            log("bench.py", line=line)
+        results = json.loads(output.read_text())
+    for size, rates in results["step"]["batches"].items():
+        if rates:
+            rate = rates["images_per_second"]
+            ok = reaches(device, rate, "training") if size == "256" else None
+            log(f"bench.py, step, batch {size}", ok, images_s=rate, reference=rates["reference_images_per_second"])
+    epoch, wait = results["epoch"], results["epoch"]["input_wait"]
+    is_gpu = device.type == "cuda"
+    log("bench.py, epoch", wait < 0.01 if is_gpu else None, images_s=epoch["training"], input_wait=wait)
+    ok = reaches(device, epoch["evaluation"], "evaluation")
+    log("bench.py, evaluation", ok, images_s=epoch["evaluation"])
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -648,6 +914,7 @@ def build_parser():
 
 def run_part(part, args, results):
     """Never returns: torch would wait 5 s at the exit for each worker that is still there."""
+    os.setpgid(0, 0)  # what it starts is killed with it
     if args.device == "cpu":
         torch.set_num_threads(1)
     if args.tiny:
@@ -660,18 +927,24 @@ def run_part(part, args, results):
     os._exit(0)
 
 
-def run_in_process(part, args, results, limit):
-    """-> exit status, None if it was killed at its time limit"""
-    started = time.perf_counter()
-    process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, args, results))
-    process.start()
-    process.join(limit)
-    status = process.exitcode
-    if status is None:
-        process.kill()
-        process.join()
-    print(f"---- {part}: {time.perf_counter() - started:.0f} s, status {status}", flush=True)
-    return status
+def run_phase(limits, args, results):
+    """Run parts side by side. limits: {part: time limit in seconds}. -> exit statuses, None if killed at the limit"""
+    started, fork = time.perf_counter(), multiprocessing.get_context("fork")
+    processes = {part: fork.Process(target=run_part, args=(part, args, results)) for part in limits}
+    for process in processes.values():
+        process.start()
+    statuses = []
+    try:
+        for part, process in processes.items():
+            process.join(max(0, limits[part] - (time.perf_counter() - started)))
+            statuses.append(process.exitcode)
+            print(f"---- {part}: {time.perf_counter() - started:.0f} s, status {statuses[-1]}", flush=True)
+    finally:
+        for process in processes.values():
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                process.join()
+    return statuses
 
 
 def main(argv=None):
@@ -681,21 +954,22 @@ def main(argv=None):
     results = Path(args.out, "gpu_check.jsonl")
     results.unlink(missing_ok=True)
     started, statuses, is_gpu = time.perf_counter(), [], args.device.startswith("cuda")
-    for part in args.parts:
+    for phase in PHASES:
         seconds_left = args.limit - (time.perf_counter() - started)
-        if is_gpu and seconds_left < 15:
-            print(f"skipped for lack of time: {part}")
+        limits = {part: limit for part, limit in phase.items() if part in args.parts}
+        if is_gpu and limits and seconds_left < 15:
+            print(f"skipped for lack of time: {', '.join(limits)}")
             statuses.append(None)
-        else:
-            limit = min(seconds_left, PARTS[part]) if is_gpu else 600
-            statuses.append(run_in_process(part, args, results, limit))
+        elif limits:
+            limits = {part: min(seconds_left, limit) if is_gpu else 600 for part, limit in limits.items()}
+            statuses += run_phase(limits, args, results)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     failed = [row for row in rows if row["ok"] is False]
     print(f"==== {sum(row['ok'] is True for row in rows)} checks passed, {len(failed)} failed")
     for row in failed:
         print("FAIL", described({name: value for name, value in row.items() if name != "ok"}))
     for row in (row for row in rows if "images_s" in row):
-        names = ("mfu_of_989", "ms_host", "input_wait", "compile_s", "gib")
+        names = ("mfu_of_989", "ms_host", "input_wait", "gib", "reference")
         more = described({name: row[name] for name in names if name in row})
         print(f"| {row['part']} | {row['name']} | {row['images_s']:.0f} images/s | {more} |")
     return 1 if failed or any(status != 0 for status in statuses) else 0
