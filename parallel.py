@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from run.ranks import share_of, statistics_group
+from run.ranks import num_ranks, rank, share_of, statistics_group
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -38,11 +38,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
         else:  # zeros that take part in the backward pass, in which all ranks exchange gradients
             variance = mean = values.sum(dim=(0, 2, 3))
-        count = values.new_tensor(values.numel() / values.shape[1])
-        total = _SumOverRanks.apply(count)
-        common_mean = _SumOverRanks.apply(mean * (count / total))
-        spread = variance + (mean - common_mean).square()
-        common_variance = _SumOverRanks.apply(spread * (count / total))
+        # a row for each rank, of which the others are 0: the sum over ranks gathers them in one exchange
+        rows = values.new_zeros(num_ranks(), 2 * self.num_features + 1)
+        rows[rank()] = torch.cat([mean, variance, values.new_full((1,), values.numel() / self.num_features)])
+        means, variances, counts = _SumOverRanks.apply(rows).split([self.num_features, self.num_features, 1], dim=1)
+        total = counts.sum()
+        common_mean = (counts / total * means).sum(dim=0)
+        common_variance = (counts / total * (variances + (means - common_mean).square())).sum(dim=0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(common_mean, self.momentum)

@@ -50,6 +50,11 @@ def num_ranks() -> int:
     return _group.size if _group else 1
 
 
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return _group.rank if _group else 0
+
+
 def num_ranks_here() -> int:
     """Ranks on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched_by_torchrun() else 1
@@ -62,7 +67,7 @@ def rank_here() -> int:
 
 def is_first() -> bool:
     """Whether this is the rank that decides and writes."""
-    return _group is None or _group.rank == 0
+    return rank() == 0
 
 
 def is_on_first_machine() -> bool:
@@ -82,8 +87,7 @@ def alone() -> Iterator[None]:
 
 def share_of(total: int) -> tuple[int, int]:
     """-> (start, stop) of this rank's share of `total` items; shares differ by at most one item."""
-    rank, size = (_group.rank, _group.size) if _group else (0, 1)
-    return rank * total // size, (rank + 1) * total // size
+    return rank() * total // num_ranks(), (rank() + 1) * total // num_ranks()
 
 
 # -------------------------------------------------------------------------------------------------------- exchanges

@@ -33,7 +33,17 @@ NO_UNIT = {
 }  # fmt: skip
 PASSES_ON = ("search.py", "ablate.py")  # these pass flags that they do not know to main.py
 # placeholders, another spelling, and options of other tools
-NOT_FLAGS = {"--name", "--no-name", "--X", "--no-X", "--image-size", "--rounds", "--signal", "--shm-size"}
+NOT_FLAGS = {
+    "--name",
+    "--no-name",
+    "--X",
+    "--no-X",
+    "--image-size",
+    "--rounds",
+    "--signal",
+    "--shm-size",
+    "--max_restarts",
+}
 
 
 def by_name(path):
