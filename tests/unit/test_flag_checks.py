@@ -1,10 +1,12 @@
 """Parsing a command line of main.py: contradictions, inherited flags, folders."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from flag_checks import check_inherited, parse_flags, with_config
+from run import ranks
 from run.cli import UserError
 
 
@@ -199,3 +201,10 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
 def test_programs_that_start_runs_pass_over_more(write_config):
     config = write_config("gamma: 1\nfolds: 3\nrun_dir: old\n")
     assert with_config(["--beta", "0.9", *config], ignored={"folds"}) == ["--gamma=1", "--beta", "0.9"]
+
+
+def test_a_batch_that_cannot_be_divided_among_processes_is_refused(data_dir, monkeypatch):
+    monkeypatch.setattr(ranks, "_group", SimpleNamespace(rank=0, size=3))
+    assert parse_flags(["--data_dirs", str(data_dir), "--batch_size", "33"]).batch_size == 33
+    with pytest.raises(UserError, match="--batch_size: 32 images cannot be divided among 3 processes"):
+        parse_flags(["--data_dirs", str(data_dir)])
