@@ -52,7 +52,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from run.files import write_history, write_json
     from run.log import start_log
     from run.progress import Progress, print_epoch
-    from run.ranks import from_first, is_first
+    from run.ranks import from_first, gather, is_first
     from run.saver import BEST, Saver
     from schedule import (
         build_loss_from_flags,
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 if args.num_workers and epoch == stage.start:
                     saver.wait()  # new workers would keep what is in memory, and a file that is open, until they end
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
-                row = from_first(lambda row=row: row, "validates")  # all ranks decide alike
+                row = gather(row)[0]  # all ranks decide alike
                 improved = progress.add_epoch(row, args.best_metric)
                 if improved:  # only the loss of the main stage is reported
                     best_outputs = {"val": outputs} if stage.criterion is criterion else {}
