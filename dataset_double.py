@@ -284,5 +284,10 @@ def make_loader(
     )
 
 
+def forks_workers(loader: DataLoader) -> bool:
+    """Whether workers are started when its next epoch begins: later epochs have those of the first one."""
+    return loader.num_workers > 0 and loader._iterator is None
+
+
 def _identity(batch):
     return batch

@@ -122,8 +122,6 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
                 running_metrics = RunningMetrics(epoch, device, epoch_state)
                 epoch_state = None  # only the first epoch of a resumed run starts in its middle
                 stage = next(stage for stage in stages if epoch < stage.end)
-                if args.num_workers and epoch == stage.start:
-                    saver.wait()  # new workers would keep what is in memory, and a file that is open, until they end
                 row, outputs = train_and_validate(engine, stage, val_loader, running_metrics, args, saver)
                 row = gather(row)[0]  # all ranks decide alike
                 improved = progress.add_epoch(row, args.best_metric)
@@ -162,7 +160,7 @@ def train_and_validate(
     saver: "Saver",
 ) -> tuple[dict, "Outputs"]:
     """One epoch, or the rest of it. -> (its row of `history.csv`, outputs of the validation)"""
-    from dataset_double import AugmentedSkinDataset
+    from dataset_double import AugmentedSkinDataset, forks_workers
     from metrics import recalls, summary_metrics
     from schedule import progressive_size
 
@@ -175,9 +173,13 @@ def train_and_validate(
         engine.retrain_head(reset=epoch == stage.start and not running_metrics.images)
     image_size = progressive_size(epoch, args.epochs, args.image_size) if args.progressive else None
     after_step = functools.partial(saver.after_step, running_metrics)
+    if forks_workers(stage.loader):
+        saver.wait()  # new workers would keep what is in memory, and a file that is open, until they end
     row = engine.train_one_epoch(stage.loader, running_metrics, image_size, after_step)
 
     started = time.perf_counter()
+    if forks_workers(val_loader):
+        saver.wait()
     outputs = engine.evaluate(val_loader, f"validation (epoch {epoch})", after_step)
     val_loss, probabilities, targets = outputs
     val = {f"val_{name}": value for name, value in summary_metrics(targets, probabilities).items()}

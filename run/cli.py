@@ -324,7 +324,7 @@ def number(
             raise argparse.ArgumentTypeError(f"must be {expected or 'a finite number'}, not {text}")
         return value
 
-    parse.__name__ = cast.__name__
+    parse.__name__ = f"{cast.__name__} or {word}" if word else cast.__name__  # "invalid int or auto value: 'AUTO'"
     return parse
 
 

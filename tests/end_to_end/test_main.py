@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import images.demo
 import report
 from model import CHECKPOINT_TYPES, Model, load_checkpoint
 from run.files import HISTORY_COLUMNS, read_predictions, read_rows
+from run.saver import Saver
 
 pytestmark = pytest.mark.usefixtures("thin_network")  # processes that a test starts use the full ResNet-50
 
@@ -227,9 +229,21 @@ def test_the_demo_creates_its_data_trains_and_resumes(tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------- reproducibility, resuming
 
 
-def test_the_number_of_workers_does_not_change_the_results(finished_run, data_dir, tmp_path):
+def test_workers_change_no_result_and_are_not_forked_while_a_checkpoint_is_written(
+    finished_run, data_dir, tmp_path, monkeypatch
+):
+    """They would keep its memory and its open file for as long as they live."""
+    savers, is_writing, launch = [], [], popen_fork.Popen._launch
+
+    def launch_and_note(popen, process):
+        is_writing.append(savers[0]._writing is not None)
+        launch(popen, process)
+
+    monkeypatch.setattr(Saver, "__enter__", lambda saver: savers.append(saver) or saver)
+    monkeypatch.setattr(popen_fork.Popen, "_launch", launch_and_note)
     flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--use_augmentation", "--amp", "off", "--num_workers", 2]
-    assert run_main(*flags, "--run_dir", tmp_path / "again") == 0
+    assert run_main(*flags, "--save_every", 1, "--run_dir", tmp_path / "again") == 0
+    assert len(is_writing) >= 4 and not any(is_writing)
     assert history_but_times(tmp_path / "again") == history_but_times(finished_run)
     assert same(weights(tmp_path / "again/last_model.pth"), weights(finished_run / "last_model.pth"))
 

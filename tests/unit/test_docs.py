@@ -55,7 +55,7 @@ def parser_of(command):
 
 
 def is_number(action):
-    return getattr(action.type, "__name__", "") in ("int", "float")
+    return getattr(action.type, "__name__", "").partition(" ")[0] in ("int", "float")  # also "int or auto"
 
 
 def options(parser):

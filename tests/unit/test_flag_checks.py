@@ -93,6 +93,8 @@ def test_a_resumed_run_keeps_the_batch_size_that_it_found(flags, checkpoint):
     assert (args.batch_size, args.learning_rate) == (128, 2e-3)
     with pytest.raises(UserError, match=r"last_model.pth has been altered: its --batch_size is 'auto'"):
         check_inherited({"batch_size": "auto"}, checkpoint)
+    with pytest.raises(UserError, match="--batch_size: invalid int or auto value: 'AUTO'"):
+        parse_flags(["--batch_size", "AUTO"])
 
 
 def test_folders_become_absolute_paths(tmp_path, monkeypatch):

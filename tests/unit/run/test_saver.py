@@ -60,7 +60,7 @@ def training(thin_network):
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lr_lambda([(1, 10)]))
     images, metrics = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), RunningMetrics(0, "cpu")
     for _ in range(2):
-        engine._step([(images, torch.tensor([0, 1, 2, 0]))], metrics, None)
+        engine._step([((images, torch.tensor([0, 1, 2, 0])), None)], metrics, None)
     progress = Progress()
     progress.add_epoch(
         {**dict.fromkeys(HISTORY_COLUMNS, 0.5), "epoch": 0, "val_recall": {"0": 0.25}}, "val_balanced_acc"
