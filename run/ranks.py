@@ -38,11 +38,15 @@ _group: "_Group | None" = None  # of this process, while `run_together` runs
 
 def check_restart(continues: bool) -> None:
     """Raise UserError if torchrun has restarted this training, unless it continues from its last checkpoint."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not continues:
+    if (_group.restarts if _group else _restarts_here()) and not continues:
         raise UserError(
             "--run_dir: torchrun has restarted this training, which would begin from its first epoch; with "
             "--max_restarts, add --run_dir DIR --auto_resume, so that it continues from the last checkpoint"
         )
+
+
+def _restarts_here():
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def num_ranks() -> int:
@@ -211,7 +215,8 @@ class _Group:
         )
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         self.statistics = dist.new_group(timeout=timeout)
-        first_of_each = self.gather(self.rank - rank_here())
+        first_of_each, restarts = zip(*self.gather((self.rank - rank_here(), _restarts_here())), strict=True)
+        self.restarts = max(restarts)  # of the machine whose rank has died: torchrun does not count on the others
         self.first_of_machines = sorted(set(first_of_each))
         for first in self.first_of_machines:  # every rank takes part in making every group
             members = [rank for rank in range(self.size) if first_of_each[rank] == first]
