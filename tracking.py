@@ -34,8 +34,8 @@ DELETED = "previously created and deleted"  # part of the server's answer
 class WandbRun:
     """A W&B run as a context: marked as finished at its end, or as failed if the training raises.
 
-    With `--wandb_mode disabled`, and on all ranks but the first, it does nothing. Without an account, a key, a network or an answer it falls back to
-    offline, and one line says how to upload it later.
+    With `--wandb_mode disabled`, and on all ranks but the first, it does nothing. Without an account, a key, a network
+    or an answer it falls back to offline, and one line says how to upload it later.
     """
 
     def __init__(
