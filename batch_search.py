@@ -41,8 +41,8 @@ def resolve_batch_size(
         return
     if device.type in SEARCHED:
         limit = batch_limit(sum(samples_per_cls), args.grad_accum)
+        share = max(SMALLEST, limit // num_ranks())
         with alone():
-            share = max(SMALLEST, limit // num_ranks())
             size = largest_batch(args, device, criterion, len(samples_per_cls), share)
         args.batch_size = num_ranks() * min(gather(size))
         why = _why_not_more(2 * args.batch_size, limit)

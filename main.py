@@ -98,7 +98,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         progress, epoch_state = restore(engine, checkpoint, args, stages)
     elif weights:
         engine.load_initial_weights(*weights, classes)
-    if is_first():
+
+    def begin_run_folder():
         start_log(run_dir)
         write_environment(run_dir, device, progress.hours_trained())
         write_json(run_dir / "args.json", vars(args))
@@ -106,6 +107,8 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         write_history(run_dir / "history.csv", progress.history)
         if not checkpoint:
             warn_of_near_duplicates(splits, run_dir)
+
+    from_first(begin_run_folder, "looks for near-duplicates")
     precision = str(engine.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"training on {engine.device} in {precision}, run folder {run_dir}")
 

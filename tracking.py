@@ -18,6 +18,7 @@ from images.folders import ImageIndex
 from run.cli import UserError, first_line
 from run.files import valid_text
 from run.progress import Progress
+from run.ranks import is_first
 from run.signals import Stopped, call_in_thread
 from run.surroundings import is_writable, user_folder
 
@@ -33,8 +34,8 @@ DELETED = "previously created and deleted"  # part of the server's answer
 class WandbRun:
     """A W&B run as a context: marked as finished at its end, or as failed if the training raises.
 
-    With `--wandb_mode disabled` it does nothing. Without an account, a key, a network or an answer it falls back to
-    offline, and one line says how to upload it later.
+    With `--wandb_mode disabled`, and on all ranks but the first, it does nothing. Without an account, a key, a network
+    or an answer it falls back to offline, and one line says how to upload it later.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class WandbRun:
         if args.wandb_mode == "disabled":
             if args.wandb_id:
                 print("W&B: disabled; --wandb_id is only stored in the checkpoints (to log, add --wandb_mode online)")
+            return
+        if not is_first():
             return
         folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or run_dir)
         os.makedirs(folder, exist_ok=True)

@@ -68,17 +68,17 @@ def on_all_ranks(read: Callable[[], dict[str, ImageIndex]], args: argparse.Names
     Raises UserError if a machine has another file in the place of an image.
     """
     splits = from_first(read, "reads the images")
-    if is_on_first_machine():
-        return splits
 
     def read_here():
+        if is_on_first_machine():
+            return None  # its ranks have them
         here = read_all(splits, open_cache(args), skip_broken=False)
         for split, index in splits.items():
             for i in np.flatnonzero(here[split].sizes != index.sizes)[:1]:
                 raise UserError(f"{index.paths[i]} on {socket.gethostname()} is not the file of the first machine")
         return here
 
-    return from_first_here(read_here, "reads the images")
+    return from_first_here(read_here, "reads the images") or splits
 
 
 def print_sources(args: argparse.Namespace) -> None:

@@ -4,12 +4,12 @@ The first rank reads flags, images and checkpoints, decides and writes; the othe
 process that was started alone is the first and only rank, and everything here is a no-op for it.
 """
 
-import itertools
 import os
 import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
@@ -33,17 +33,20 @@ POLL_SECONDS = 0.1
 # words of errors below torch.distributed when a rank is gone or does not answer
 LOST_WORDS = ("onnection", "imed out", "NCCL", "gloo", "Broken pipe", "recvValue failed", "sendBytes failed")
 
-_commands = itertools.count()
 _group: "_Group | None" = None  # of this process, while `run_together` runs
 
 
 def check_restart(continues: bool) -> None:
     """Raise UserError if torchrun has restarted this training, unless it continues from its last checkpoint."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not continues:
+    if (_group.restarts if _group else _restarts_here()) and not continues:
         raise UserError(
             "--run_dir: torchrun has restarted this training, which would begin from its first epoch; with "
             "--max_restarts, add --run_dir DIR --auto_resume, so that it continues from the last checkpoint"
         )
+
+
+def _restarts_here():
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def num_ranks() -> int:
@@ -119,8 +122,8 @@ def from_first(make: Callable[[], Any], doing: str) -> Any:
 
 
 def from_first_here(make: Callable[[], Any], doing: str) -> Any:
-    """`from_first`, but on each machine from its own first rank."""
-    return _group.from_first(make, doing, _group.machine, _group.machine_group) if _group else make()
+    """`from_first`, but on each machine from its own first rank. Waits until all machines have finished."""
+    return _group.from_first_here(make, doing) if _group else make()
 
 
 def agree(number: int) -> int:
@@ -197,10 +200,7 @@ class _Group:
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"torchrun: {address} does not answer ({first_line(error)})") from error
-        # torchrun may keep its store when it restarts the ranks, and a process may run several commands
-        self.store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_{next(_commands)}", store)
-        self.store.set(f"host/{self.rank}", socket.gethostname())
-        self._wait_for_all()
+        self._meet(store)
         threading.Thread(target=self._watch, daemon=True).start()
         if torch.cuda.is_available():
             torch.cuda.set_device(min(rank_here(), torch.cuda.device_count() - 1))
@@ -215,17 +215,37 @@ class _Group:
         )
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         self.statistics = dist.new_group(timeout=timeout)
-        first_of_each = self.gather(self.rank - rank_here())
-        for first in sorted(set(first_of_each)):  # every rank takes part in making every group
+        first_of_each, restarts = zip(*self.gather((self.rank - rank_here(), _restarts_here())), strict=True)
+        self.restarts = max(restarts)  # of the machine whose rank has died: torchrun does not count on the others
+        self.first_of_machines = sorted(set(first_of_each))
+        for first in self.first_of_machines:  # every rank takes part in making every group
             members = [rank for rank in range(self.size) if first_of_each[rank] == first]
             group = dist.new_group(members, timeout, "gloo")
             if self.rank in members:
                 self.machine, self.machine_group = members, group
 
-    def _wait_for_all(self):
-        deadline = time.monotonic() + JOIN_SECONDS
-        while missing := [rank for rank in range(self.size) if not self.store.check([f"host/{rank}"])]:
+    def _meet(self, store):
+        """Wait until all ranks of this start have come, and set `self.store` to the part of `store` that is theirs.
+
+        torchrun may keep its store when it restarts the ranks, each machine counts its restarts for itself, and a
+        process may run several commands. So the first rank names each start, and then lists those who have come to it:
+        who has found the name of an earlier start is not in its list.
+        """
+        own_name, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_SECONDS
+        names = [f"name/{rank}" for rank in range(self.size)]
+        if self.rank == 0:
+            store.set("start", own_name)
+        while True:
+            if store.check(["start"]):
+                self.store = self.dist.PrefixStore(store.get("start").decode(), store)
+                self.store.set(f"host/{self.rank}", socket.gethostname())
+                self.store.set(f"name/{self.rank}", own_name)
+                if self.rank == 0 and self.store.check(names):
+                    self.store.set("all", b" ".join(self.store.multi_get(names)))
+                if self.store.check(["all"]) and own_name in self.store.get("all").decode():
+                    return
             if time.monotonic() > deadline:
+                missing = [rank for rank in range(self.size) if not self.store or not self.store.check([names[rank]])]
                 raise UserError(f"torchrun: of {self.size} ranks, {missing[:10]} have not started in {JOIN_SECONDS} s")
             time.sleep(POLL_SECONDS)
 
@@ -305,6 +325,12 @@ class _Group:
         self.doing = "trains"
         self.dist.broadcast_object_list(result, first, group=group)
         return result[0]
+
+    def from_first_here(self, make: Callable[[], Any], doing: str) -> Any:
+        result = self.from_first(make, doing, self.machine, self.machine_group)
+        for first in self.first_of_machines:
+            self._wait_for(f"ready/{self._turns}/{first}", first)
+        return result
 
     def _wait_for(self, key, rank):
         """Wait for a key as long as the rank that will set it gives signs of life."""

@@ -154,6 +154,32 @@ def test_a_killed_process_is_restarted_and_the_result_has_the_same_bits(folder, 
     assert not differences(folder / "long_3", tmp_path / "run")
 
 
+def test_two_machines_fill_their_own_caches_and_restart_together(folder, images, tmp_path, monkeypatch):
+    """Two starts of torchrun with one process each; the second counts its restart, the first does not."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        launch = {"nnodes": 2, "rdzv_backend": "c10d", "rdzv_endpoint": f"localhost:{free.getsockname()[1]}"}
+    flags = ["--data_dirs", images, *COMMON, *METHODS["long"], "--run_dir", tmp_path / "run", "--auto_resume"]
+    flags += ["--wandb_mode", "offline"]
+    machines = []
+    for number in range(2):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache_{number}"))
+        machines.append(torchrun(1, *flags, **launch, max_restarts=1))
+    wait_for(lambda: (tmp_path / "run" / LAST).exists())
+    pids = [pids_of(machine) for machine in machines]
+    os.kill({**pids[0], **pids[1]}[1], signal.SIGKILL)
+    outputs = [end_of(machine) for machine in machines]
+    assert not any(machine.returncode for machine in machines), outputs
+    assert sum(output.count("resuming with epoch") for output in outputs) == 1
+    for number in range(2):
+        assert len(list((tmp_path / f"cache_{number}").glob("skin-grading/*/*.pixels"))) == 1
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2  # one per start: only rank 0 logs
+    for row, expected in zip(history_but_times(tmp_path / "run"), history_but_times(folder / "long_2"), strict=True):
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=1e-3)
+
+
 def test_a_run_is_stopped_and_saved_once_and_resumed_by_another_number_of_processes(
     folder, images, tmp_path, monkeypatch
 ):

@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from batch_search import batch_limit, largest_batch, resolve_batch_size
 from flag_checks import parse_flags
 from flags import build_parser
 from model import Model, load_checkpoint
+from run import ranks
 from run.cli import UserError
 from run.files import read_json, write_json
 from run.machine import OUT_OF_MEMORY, random_state
@@ -53,6 +55,17 @@ def test_a_small_data_set_keeps_its_steps_but_never_has_batches_below_the_defaul
     assert batch_limit(10**6, 1) == 1024
     assert batch_limit(12_800, 1) == 256 and batch_limit(12_800, 4) == 64
     assert batch_limit(100, 1) == batch_limit(1000, 4) == 32
+
+
+def test_ranks_share_the_limit_of_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(batch_search, "SEARCHED", ("cpu",))
+    four_ranks = SimpleNamespace(size=4, rank=0, gather=lambda value: [value, value, 16, value])
+    monkeypatch.setattr(ranks, "_group", four_ranks)
+    monkeypatch.setattr(batch_search, "largest_batch", lambda *arguments: limits.append(arguments[-1]) or 32)
+    args, limits = build_parser().parse_args(["--batch_size", "auto"]), []
+    resolve_batch_size(args, CPU, CrossEntropy(), [6_400] * 2)
+    assert limits == [64]  # of the 256 images that leave an epoch its steps
+    assert args.batch_size == 4 * 16  # the rank with the least memory decides
 
 
 @pytest.mark.parametrize(
