@@ -30,6 +30,7 @@ BEAT_SECONDS = 2  # between two signs of life
 GRACE_SECONDS = 30  # for a rank to end after another one has; torchrun kills after as many
 LINGER_SECONDS = 3
 POLL_SECONDS = 0.1
+STORE_IS_LOST = "the store does not answer"
 # words of errors below torch.distributed when a rank is gone or does not answer
 LOST_WORDS = ("onnection", "imed out", "NCCL", "gloo", "Broken pipe", "recvValue failed", "sendBytes failed")
 
@@ -185,6 +186,9 @@ class _Group:
         self.store, self.steps, self.doing = None, 0, "starts"
         self._end = None  # (rank, exit status, message) of the first rank that ended
         self._jobs, self._turns, self._agreement, self._has_left = 0, 0, None, threading.Event()
+        self.machine, self._stops_after_step = [self.rank], False
+        # of torchrun; without it, the store is in the first rank and ends with it
+        self._store_is_apart = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def join(self) -> None:
         """Wait until all ranks have started, and connect them. Raises UserError."""
@@ -241,6 +245,7 @@ class _Group:
                 self._raise_if_ended()
                 continue
             if not self._has_left.wait(GRACE_SECONDS):
+                self._report_lost_store()
                 os._exit(self._end[1] or 2)
 
     def _in_store(self, method, *arguments):
@@ -248,8 +253,15 @@ class _Group:
         try:
             return getattr(self.store, method)(*arguments)
         except RuntimeError as error:
-            self._end = self._end or (0, 2, "its machine does not answer any more")
+            self._end = self._end or (0, 2, STORE_IS_LOST)
             raise _OtherEnded from error
+
+    def _report_lost_store(self):
+        """Print a line, once per machine, if the store is gone, so that no other rank can say why it has ended."""
+        alive = [rank for rank in self.machine if rank or self._store_is_apart]
+        if self._end[2] == STORE_IS_LOST and self.rank == min(alive, default=self.rank):
+            text = "torchrun, or its first machine, has ended or does not answer; resume from the last checkpoint"
+            print(f"error: {text}", file=sys.stderr)
 
     def _read(self, key, default=""):
         return self._in_store("get", key).decode() if self._in_store("check", [key]) else default
@@ -327,7 +339,9 @@ class _Group:
         if previous is None:
             return 0
         previous[0].wait()
-        return int(previous[1])
+        agreed = int(previous[1])
+        self._stops_after_step = agreed > 0
+        return agreed
 
     # jobs
 
@@ -371,6 +385,7 @@ class _Group:
         except _OtherEnded:
             pass
         rank, status, message = self._end
+        self._report_lost_store()
         keep_in_log(f"rank {rank} has ended: {message}\n")
         time.sleep(
             LINGER_SECONDS
@@ -378,20 +393,34 @@ class _Group:
         return status or 2
 
     def wait_for_first(self) -> None:
-        """After a signal: torchrun must not see that another rank has ended while the first one saves."""
-        if self.rank and self.store is not None:
-            with suppress(_OtherEnded, Stopped):
-                self._pause(GRACE_SECONDS)
+        """After a signal: torchrun must not see that another rank has ended while the first one saves.
+
+        Before and after the training it saves nothing, and it may wait in an exchange for this rank to end.
+        """
+        if self.rank == 0 or self.store is None:
+            return
+        deadline = time.monotonic() + (GRACE_SECONDS if self._stops_after_step else LINGER_SECONDS)
+        with suppress(_OtherEnded, Stopped):
+            last = None
+            while time.monotonic() < deadline and (beat := self._sign_of(0)[0]) != last:  # it may have been killed
+                last = beat
+                self._pause(min(3 * BEAT_SECONDS, deadline - time.monotonic()))
 
     def leave(self, status: int) -> None:
         """Tell the others that this rank ends."""
         if self.store is not None and (self.rank == 0 or status == 2):
             with suppress(_OtherEnded):
                 self._declare_end(status, "")
+                self._let_others_read()
         self._has_left.set()
         if status == 0 and self.store is not None:
             with suppress(RuntimeError):
                 self.dist.destroy_process_group()
+
+    def _let_others_read(self):
+        """Without torchrun, wait a moment for the other ranks to read how this one has ended."""
+        if self.rank == 0 and not self._store_is_apart:
+            time.sleep(LINGER_SECONDS)
 
     def _declare_end(self, status, message):
         self._in_store("compare_set", "end", "", f"{self.rank}|{status}|{message}")
