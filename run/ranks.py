@@ -32,7 +32,16 @@ LINGER_SECONDS = 3
 POLL_SECONDS = 0.1
 STORE_IS_LOST = "the store does not answer"
 # words of errors below torch.distributed when a rank is gone or does not answer
-LOST_WORDS = ("onnection", "imed out", "NCCL", "gloo", "Broken pipe", "recvValue failed", "sendBytes failed")
+LOST_WORDS = (
+    "onnection",
+    "imed out",
+    "NCCL",
+    "gloo",
+    "Broken pipe",
+    "pair closure",
+    "recvValue failed",
+    "sendBytes failed",
+)
 
 _commands = itertools.count()
 _group: "_Group | None" = None  # of this process, while `run_together` runs

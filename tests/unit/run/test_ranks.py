@@ -7,6 +7,7 @@ import pytest
 from torch.distributed import TCPStore
 
 import run.ranks
+from run.cli import UserError
 from run.ranks import _Group
 
 
@@ -72,3 +73,10 @@ def test_one_process_of_each_machine_says_that_the_store_is_gone(group, monkeypa
         group._raise_if_ended()
     assert group.end_after(ended.value) == 2
     assert capsys.readouterr().err.count("error: torchrun") == speaks
+
+
+def test_a_process_that_does_not_answer_is_named_in_whatever_words_gloo_says_so(group):
+    group.store.set("host/0", "nowhere")
+    group.store.set("alive/0", "3|7|validates")
+    with pytest.raises(UserError, match=r"lost to rank 0 on nowhere \(validates, step 7\)"):
+        group.end_after(RuntimeError("Application timeout caused pair closure"))
