@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from run.cli import UserError
-from run.ranks import gather, num_ranks, num_ranks_here, rank_here
+from run.ranks import gather, num_ranks, num_ranks_here
+from run.surroundings import rank_here
 
 # how the libraries below torch say that the memory of the GPU, or pinned memory for it, is full
 OUT_OF_MEMORY = (

@@ -5,48 +5,29 @@ process that was started alone is the first and only rank, and everything here i
 """
 
 import os
-import socket
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from run.cli import UserError, first_line
-from run.log import keep_in_log
+from run.cli import UserError
+from run.rank_group import RankGroup
 from run.signals import Stopped
-from run.surroundings import launched_by_torchrun
+from run.surroundings import launched_by_torchrun, restarts_here
 
 if TYPE_CHECKING:
     import torch
 
-JOIN_SECONDS = 300  # for all ranks to start
-COLLECTIVE_SECONDS = 600  # for all ranks to come to the same point
-SILENT_SECONDS = 120  # a rank that has given no sign of life for so long is missing
-BEAT_SECONDS = 2  # between two signs of life
-GRACE_SECONDS = 30  # for a rank to end after another one has; torchrun kills after as many
-LINGER_SECONDS = 3
-POLL_SECONDS = 0.1
-# words of errors below torch.distributed when a rank is gone or does not answer
-LOST_WORDS = ("onnection", "imed out", "NCCL", "gloo", "Broken pipe", "recvValue failed", "sendBytes failed")
-
-_group: "_Group | None" = None  # of this process, while `run_together` runs
+_group: RankGroup | None = None  # of this process, while `run_together` runs
 
 
 def check_restart(continues: bool) -> None:
     """Raise UserError if torchrun has restarted this training, unless it continues from its last checkpoint."""
-    if (_group.restarts if _group else _restarts_here()) and not continues:
+    if (_group.restarts if _group else restarts_here()) and not continues:
         raise UserError(
             "--run_dir: torchrun has restarted this training, which would begin from its first epoch; with "
             "--max_restarts, add --run_dir DIR --auto_resume, so that it continues from the last checkpoint"
         )
-
-
-def _restarts_here():
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def num_ranks() -> int:
@@ -61,11 +42,6 @@ def rank() -> int:
 def num_ranks_here() -> int:
     """Ranks on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched_by_torchrun() else 1
-
-
-def rank_here() -> int:
-    """The number of this rank among those of its machine."""
-    return int(os.environ["LOCAL_RANK"]) if launched_by_torchrun() else 0
 
 
 def is_first() -> bool:
@@ -147,7 +123,7 @@ def run_together(lead: Callable[[], int], follow: Callable[[Any], None]) -> int:
     global _group
     if not launched_by_torchrun():
         return lead()
-    _group = group = _Group()
+    _group = group = RankGroup()
     status = 2
     try:
         group.join()
@@ -174,250 +150,3 @@ def hand_out(job: Any) -> None:
     """Let the other ranks do `follow(job)`."""
     if _group:
         _group.hand_out(job)
-
-
-class _OtherEnded(Exception):
-    """Another rank has ended, and this one cannot go on without it."""
-
-
-class _Group:
-    """All ranks, as one of them sees them: process groups, and a store of short texts that every rank reads."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.store, self.steps, self.doing = None, 0, "starts"
-        self._end = None  # (rank, exit status, message) of the first rank that ended
-        self._jobs, self._turns, self._agreement, self._has_left = 0, 0, None, threading.Event()
-
-    def join(self) -> None:
-        """Wait until all ranks have started, and connect them. Raises UserError."""
-        import torch
-        from torch import distributed as dist
-
-        self.dist = dist
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        except (RuntimeError, ValueError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"torchrun: {address} does not answer ({first_line(error)})") from error
-        self._meet(store)
-        threading.Thread(target=self._watch, daemon=True).start()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(min(rank_here(), torch.cuda.device_count() - 1))
-        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-            store=dist.PrefixStore("groups", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timeout,
-        )
-        self.control = dist.new_group(backend="gloo", timeout=timeout)
-        self.statistics = dist.new_group(timeout=timeout)
-        first_of_each, restarts = zip(*self.gather((self.rank - rank_here(), _restarts_here())), strict=True)
-        self.restarts = max(restarts)  # of the machine whose rank has died: torchrun does not count on the others
-        self.first_of_machines = sorted(set(first_of_each))
-        for first in self.first_of_machines:  # every rank takes part in making every group
-            members = [rank for rank in range(self.size) if first_of_each[rank] == first]
-            group = dist.new_group(members, timeout, "gloo")
-            if self.rank in members:
-                self.machine, self.machine_group = members, group
-
-    def _meet(self, store):
-        """Wait until all ranks of this start have come, and set `self.store` to the part of `store` that is theirs.
-
-        torchrun may keep its store when it restarts the ranks, each machine counts its restarts for itself, and a
-        process may run several commands. So the first rank names each start, and then lists those who have come to it:
-        who has found the name of an earlier start is not in its list.
-        """
-        own_name, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_SECONDS
-        names = [f"name/{rank}" for rank in range(self.size)]
-        if self.rank == 0:
-            store.set("start", own_name)
-        while True:
-            if store.check(["start"]):
-                self.store = self.dist.PrefixStore(store.get("start").decode(), store)
-                self.store.set(f"host/{self.rank}", socket.gethostname())
-                self.store.set(f"name/{self.rank}", own_name)
-                if self.rank == 0 and self.store.check(names):
-                    self.store.set("all", b" ".join(self.store.multi_get(names)))
-                if self.store.check(["all"]) and own_name in self.store.get("all").decode():
-                    return
-            if time.monotonic() > deadline:
-                missing = [rank for rank in range(self.size) if not self.store or not self.store.check([names[rank]])]
-                raise UserError(f"torchrun: of {self.size} ranks, {missing[:10]} have not started in {JOIN_SECONDS} s")
-            time.sleep(POLL_SECONDS)
-
-    # signs of life
-
-    def _watch(self):
-        """In a thread: give signs of life; end the process if another rank has ended and this one does not."""
-        beat = 0
-        while not self._has_left.wait(BEAT_SECONDS):
-            beat += 1
-            with suppress(_OtherEnded):
-                self._in_store("set", f"alive/{self.rank}", f"{beat}|{self.steps}|{self.doing}")
-                self._raise_if_ended()
-                continue
-            if not self._has_left.wait(GRACE_SECONDS):
-                os._exit(self._end[1] or 2)
-
-    def _in_store(self, method, *arguments):
-        """Call a method of the store. Raises _OtherEnded if it is gone, and with it the first machine."""
-        try:
-            return getattr(self.store, method)(*arguments)
-        except RuntimeError as error:
-            self._end = self._end or (0, 2, "its machine does not answer any more")
-            raise _OtherEnded from error
-
-    def _read(self, key, default=""):
-        return self._in_store("get", key).decode() if self._in_store("check", [key]) else default
-
-    def _raise_if_ended(self):
-        if self._end is None and (text := self._read("end")):
-            rank, status, message = text.split("|", 2)
-            self._end = int(rank), int(status), message
-        if self._end and self._end[0] != self.rank:
-            raise _OtherEnded
-
-    def _sign_of(self, rank):
-        """-> (number of the sign of life, steps, what the rank does)"""
-        beat, steps, doing = self._read(f"alive/{rank}", "0|0|starts").split("|", 2)
-        return int(beat), int(steps), doing
-
-    def _missing(self):
-        """-> the ranks, in words, that have given no sign of life for a while, or else those that are behind"""
-        before = [self._sign_of(rank)[0] for rank in range(self.size)]
-        self._pause(3 * BEAT_SECONDS)
-        signs = [self._sign_of(rank) for rank in range(self.size)]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        silent = [rank for rank in others if signs[rank][0] == before[rank]]
-        behind = [rank for rank in others if signs[rank][1] == min(signs[rank][1] for rank in others)]
-        return ", ".join(self._describe(rank) for rank in (silent or behind)[:5])
-
-    def _describe(self, rank):
-        _, steps, doing = self._sign_of(rank)
-        return f"rank {rank} on {self._read(f'host/{rank}')} ({doing}, step {steps})"
-
-    def _pause(self, seconds):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self._raise_if_ended()
-            time.sleep(POLL_SECONDS)
-
-    # exchanges
-
-    def gather(self, value: Any) -> list:
-        values = [None] * self.size
-        self.dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def from_first(self, make: Callable[[], Any], doing: str, ranks: list[int], group: Any) -> Any:
-        self._turns += 1
-        first, key, result = ranks[0], f"ready/{self._turns}/{ranks[0]}", [None]
-        if self.rank == first:
-            self.doing = doing
-            result = [make()]
-            self._in_store("set", key, "yes")
-        else:
-            self._wait_for(key, first)
-        self.doing = "trains"
-        self.dist.broadcast_object_list(result, first, group=group)
-        return result[0]
-
-    def from_first_here(self, make: Callable[[], Any], doing: str) -> Any:
-        result = self.from_first(make, doing, self.machine, self.machine_group)
-        for first in self.first_of_machines:
-            self._wait_for(f"ready/{self._turns}/{first}", first)
-        return result
-
-    def _wait_for(self, key, rank):
-        """Wait for a key as long as the rank that will set it gives signs of life."""
-        last, heard = None, time.monotonic()
-        while not self._read(key):
-            self._raise_if_ended()
-            if (beat := self._sign_of(rank)[0]) != last:
-                last, heard = beat, time.monotonic()
-            if time.monotonic() - heard > SILENT_SECONDS:
-                raise UserError(f"torchrun: no sign of life for {SILENT_SECONDS} s from {self._describe(rank)}")
-            time.sleep(POLL_SECONDS)
-
-    def agree(self, number: int) -> int:
-        import torch
-
-        self.steps += 1
-        previous, tensor = self._agreement, torch.tensor(number)
-        work = self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX, group=self.control, async_op=True)
-        self._agreement = work, tensor
-        if previous is None:
-            return 0
-        previous[0].wait()
-        return int(previous[1])
-
-    # jobs
-
-    def hand_out(self, job: Any) -> None:
-        self._jobs += 1
-        self._in_store("set", f"job/{self._jobs}", "yes")
-        self.dist.broadcast_object_list([job], 0, group=self.control)
-
-    def follow(self, function: Callable[[Any], None]) -> int:
-        """Do the jobs of the first rank until it ends. -> its exit status"""
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            while True:
-                self._jobs += 1
-                try:
-                    self._wait_for(f"job/{self._jobs}", 0)
-                except _OtherEnded:
-                    if self._end[1] == 0:
-                        return 0
-                    raise
-                job = [None]
-                self.dist.broadcast_object_list(job, 0, group=self.control)
-                function(job[0])
-
-    # the end
-
-    def end_after(self, error: Exception) -> int:
-        """Raise `error`, or a line about a lost connection. -> exit status if another rank has ended before."""
-        if self.store is None:
-            raise error
-        is_lost = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_WORDS)
-        try:
-            if is_lost:
-                lost = UserError(
-                    f"torchrun: the connection is lost to {self._missing()}; resume from the last checkpoint"
-                )
-                lost.__cause__, error = error, lost
-            if not isinstance(error, _OtherEnded):
-                self._declare_end(2, first_line(error) or type(error).__name__)
-                self._raise_if_ended()
-                raise error
-        except _OtherEnded:
-            pass
-        rank, status, message = self._end
-        keep_in_log(f"rank {rank} has ended: {message}\n")
-        time.sleep(
-            LINGER_SECONDS
-        )  # torchrun stops the ranks that have not failed; its summary then names the one that has
-        return status or 2
-
-    def wait_for_first(self) -> None:
-        """After a signal: torchrun must not see that another rank has ended while the first one saves."""
-        if self.rank and self.store is not None:
-            with suppress(_OtherEnded, Stopped):
-                self._pause(GRACE_SECONDS)
-
-    def leave(self, status: int) -> None:
-        """Tell the others that this rank ends."""
-        if self.store is not None and (self.rank == 0 or status == 2):
-            with suppress(_OtherEnded):
-                self._declare_end(status, "")
-        self._has_left.set()
-        if status == 0 and self.store is not None:
-            with suppress(RuntimeError):
-                self.dist.destroy_process_group()
-
-    def _declare_end(self, status, message):
-        self._in_store("compare_set", "end", "", f"{self.rank}|{status}|{message}")

@@ -125,6 +125,16 @@ def launched_by_torchrun() -> bool:
     return size.isdecimal() and int(size) > 1 and all(os.environ.get(name) for name in names)
 
 
+def rank_here() -> int:
+    """The number of this rank among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if launched_by_torchrun() else 0
+
+
+def restarts_here() -> int:
+    """How often torchrun has restarted the processes of this machine."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def is_follower() -> bool:
     """Whether another process that torchrun has started speaks for this one."""
     return launched_by_torchrun() and os.environ["RANK"] != "0"

@@ -16,11 +16,11 @@ from thin_main import thin_resnet50
 
 import main
 import resnet_custom
-import run.ranks
+import run.rank_group
 
 if __name__ == "__main__":
     resnet_custom.resnet50 = thin_resnet50
-    run.ranks.SILENT_SECONDS = run.ranks.COLLECTIVE_SECONDS = int(os.environ.get("WAIT_SECONDS", 300))
+    run.rank_group.SILENT_SECONDS = run.rank_group.COLLECTIVE_SECONDS = int(os.environ.get("WAIT_SECONDS", 300))
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         if status := main.main(flags):
             sys.exit(status)

@@ -29,7 +29,7 @@ LAYERS = (
 COMMANDS = LAYERS[0]
 PACKAGES = ("images", "run", "study")
 CORE = ("main", "schedule", "engine", "model", "resnet_custom", "dataset_double", "utils", "metrics")
-MAX_LINES, MAX_CORE_LINES, MAX_MAIN_LINES = 450, 1900, 275  # of a file; of CORE together; of main.py
+MAX_LINES, MAX_CORE_LINES, MAX_MAIN_LINES = 450, 1900, 280  # of a file; of CORE together; of main.py
 # names that every command has
 COMMAND_FUNCTIONS = {"main", "run", "build_parser"}
 # parameters whose class is in a layer above: they cannot be annotated
