@@ -49,7 +49,7 @@ class RankGroup:
         self.store, self.steps, self.doing = None, 0, "starts"
         self._end = None  # (rank, exit status, message) of the first rank that ended
         self._jobs, self._turns, self._agreement, self._has_left = 0, 0, None, threading.Event()
-        self.machine, self._stops_after_step = [self.rank], False
+        self.machine, self._stops_after_step, self._watcher = [self.rank], False, None
         # of torchrun; without it, the store is in the first rank and ends with it
         self._store_is_apart = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -65,7 +65,8 @@ class RankGroup:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"torchrun: {address} does not answer ({first_line(error)})") from error
         self._meet(store)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         if torch.cuda.is_available():
             torch.cuda.set_device(min(rank_here(), torch.cuda.device_count() - 1))
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
@@ -299,6 +300,8 @@ class RankGroup:
                 self._declare_end(status, "")
                 self._let_others_read()
         self._has_left.set()
+        if self._watcher:
+            self._watcher.join(BEAT_SECONDS)  # not while the process ends: it may be using the store
         if status == 0 and self.store is not None:
             with suppress(RuntimeError):
                 self.dist.destroy_process_group()

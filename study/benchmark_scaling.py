@@ -72,7 +72,9 @@ def _rates_of(count, device):
             raise
         if process.returncode:
             # of the process that failed; torchrun's own summary comes later
-            reasons = re.findall(r"^(?:error: |[\w.]*(?:Error|Exception): ).*", errors, re.M)
+            reasons = re.findall(
+                r"^error: .*|^[\w.]*(?:Error|Exception): .+|exitcode *: \S.*|^terminate called .*", errors, re.M
+            )
             reason = reasons[0] if reasons else f"status {process.returncode}"
             raise UserError(f"--scaling: the training by {count} processes failed: {reason}")
         return json.loads(Path(folder, RESULT).read_text(encoding="utf-8"))

@@ -100,12 +100,13 @@ def train_by_every_method(folder):
 
     evaluation = ["--eval_only", "--resume", folder / "copies_2" / BEST, "--tta", "--run_dir", folder / "evaluated"]
     cross_validation = ["--data_dirs", images, *COMMON, "--epochs", "1", "--folds", "2", "--run_dir", folder / "folds"]
-    launched = [start(3), start(2, evaluation, cross_validation), start(1)]
+    launched = [start(3, ["--help"]), start(2, evaluation, cross_validation), start(1)]
     for process in launched:
         output = end_of(process, 400)
         assert process.returncode == 0, output
+        assert output.count("usage: ") == (process is launched[0])  # only the first process prints
         assert "Warning" not in output and "Traceback" not in output, output
-    for method in METHODS:  # only the first process writes and prints
+    for method in METHODS:
         log = (folder / f"{method}_3" / "log.txt").read_text()
         assert log.count("results saved to") == log.count("image cache: 34") == log.count("training on cpu") == 1
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,18 +180,23 @@ def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path,
     assert run_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", run_dir, **env).returncode == 0
     (deleted,) = server.runs
     server.delete(deleted)
-    again = ["--resume", run_dir / "last_model.pth", "--epochs", 3]
-    for flags in (["--wandb_id", deleted], ["--wandb_resume", "must"]):
-        done = run_thin_main(*again, *flags, **env)
-        assert done.returncode == 2, done.stdout
-        (line,) = done.stderr.strip().splitlines()
+    cases = {"named": ["--wandb_id", deleted], "must": ["--wandb_resume", "must"], "own": []}
+    processes = {}
+    for name, flags in cases.items():  # side by side, as each waits for the client to give up
+        last = shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("wandb")) / "last_model.pth"
+        processes[name] = start_thin_main("--resume", last, "--epochs", 3, *flags, **env)
+    done = {name: (*process.communicate(timeout=240), process.returncode) for name, process in processes.items()}
+    for name in ("named", "must"):
+        out, err, status = done[name]
+        assert status == 2, out
+        (line,) = err.strip().splitlines()
         assert line.startswith("error: --wandb_id") and deleted in line
-    done = run_thin_main(*again, **env)
-    assert done.returncode == 0, done.stderr
-    ((name, run),) = server.runs.items()
-    assert name != deleted and run.epochs == [0, 1, 2] and "wandb sync" not in done.stdout
-    assert f"W&B: the run {deleted} was deleted from the server; logging to a new run" in done.stdout
-    assert load_checkpoint(run_dir / "last_model.pth")["wandb_id"] == name
+    out, err, status = done["own"]
+    assert status == 0, err
+    ((run_id, run),) = server.runs.items()
+    assert run_id != deleted and run.epochs == [0, 1, 2] and "wandb sync" not in out
+    assert f"W&B: the run {deleted} was deleted from the server; logging to a new run" in out
+    assert load_checkpoint(tmp_path / "own" / "last_model.pth")["wandb_id"] == run_id
 
 
 @pytest.mark.parametrize(

@@ -156,12 +156,6 @@ def test_only_one_of_several_processes_of_a_launcher_is_refused(environment, is_
     assert bool(surroundings.launched_several_times()) == is_refused
 
 
-def test_of_the_processes_of_the_real_torchrun_one_prints_the_help():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "main.py")]
-    done = subprocess.run([*torchrun, "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("usage: ") == 1 and "rror" not in done.stderr
-
-
 def test_torchrun_starts_no_search(monkeypatch, capsys):
     for name, value in {**LAUNCHED, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
