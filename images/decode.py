@@ -1,6 +1,7 @@
 """A file becomes pixels: an upright 8-bit sRGB image, resized to a square."""
 
 import functools
+import io
 import os
 import sys
 import warnings
@@ -41,11 +42,12 @@ def image_size_limit() -> float:
     return Image.MAX_IMAGE_PIXELS / 1e6
 
 
-def load_image(path: str | Path, size: int | None = None) -> Image.Image:
+def load_image(path: str | Path | bytes, size: int | None = None) -> Image.Image:
     """Decode a file -> 8-bit sRGB image, upright according to its EXIF orientation.
 
-    Images of more than 8 bits are scaled, not clipped; transparent pixels are put on white. size: the side needed in
-    the end; a JPEG is decoded directly at 1/2, 1/4 or 1/8 of its size where that is not smaller.
+    Images of more than 8 bits are scaled, not clipped; transparent pixels are put on white. path: of the file, or its
+    content; size: the side needed in the end; a JPEG is decoded directly at 1/2, 1/4 or 1/8 of its size where that is
+    not smaller.
     Raises whatever the decoder raises for a file whose pixels are broken or truncated, or that is not an image.
     """
     return _load(path, size)[0]
@@ -53,7 +55,7 @@ def load_image(path: str | Path, size: int | None = None) -> Image.Image:
 
 def _load(path, size):
     """-> (the image, whether it is too dark)"""
-    if not os.path.isfile(path) and os.path.exists(path):
+    if not isinstance(path, bytes) and not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")  # opening a named pipe would wait forever
     try:
         return _load_from(path, size)
@@ -101,6 +103,8 @@ def _read(source, size, rawmode=None):
 
 
 def _open(source):
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
     try:
         return Image.open(source)
     except UnidentifiedImageError:

@@ -53,14 +53,15 @@ def _orientation_in(exif):
     return None
 
 
-def copies_without_metadata(path: str | Path) -> Iterator[io.BytesIO]:
+def copies_without_metadata(path: str | Path | bytes) -> Iterator[io.BytesIO]:
     """Yield copies of an image file: one with only its orientation and color profile, and one without any metadata.
 
-    Copies that are the same as the file are left out, and so are formats whose metadata never prevent decoding.
+    path: of the file, or its content. Copies that are the same as the file are left out, and so are formats whose
+    metadata never prevent decoding.
     """
-    if os.path.getsize(path) > MAX_COPY_BYTES:
+    if (len(path) if isinstance(path, bytes) else os.path.getsize(path)) > MAX_COPY_BYTES:
         return
-    content = Path(path).read_bytes()
+    content = path if isinstance(path, bytes) else Path(path).read_bytes()
     strip = next((strip for signature, strip in STRIPPERS.items() if re.match(signature, content, re.S)), None)
     copies = {content}
     for keep_useful in (True, False) if strip else ():

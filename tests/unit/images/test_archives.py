@@ -1,0 +1,137 @@
+"""Files in folders and zip archives are found alike and read alike."""
+
+import io
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from images.archives import Archives, DamagedMember
+from run.cli import UserError
+
+CONTENT = {"img/a.json": b"first" * 100, "img/b.jpg": b"second", "img/c.txt": b"third"}
+
+
+def write_zip(path, content, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+def read_all(*names, extensions=(".json", ".jpg")):
+    archives = Archives(names, extensions, "DOWNLOADED")
+    return {member.parts[-1]: archives.read(member) for member in archives.members()}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_wanted_files_have_the_same_content_in_folders_and_archives(tmp_path, method):
+    folder = tmp_path / "folder"
+    (folder / "img").mkdir(parents=True)
+    for name, data in CONTENT.items():
+        (folder / name).write_bytes(data)
+    inside = tmp_path / "archives" / "deep"
+    inside.mkdir(parents=True)
+    archive = write_zip(inside / "TS.ZIP", CONTENT, compression=method)
+    expected = {"a.json": b"first" * 100, "b.jpg": b"second"}
+    assert read_all(folder) == read_all(archive) == read_all(tmp_path / "archives") == expected
+
+
+def test_the_list_of_an_archive_is_read_once_and_each_thread_opens_it_once(tmp_path, monkeypatch):
+    archive = write_zip(tmp_path / "a.zip", {f"{i}.json": str(i).encode() for i in range(50)})
+    archives, listed, opened = Archives([archive], [".json"], "DOWNLOADED"), [], []
+    zip_file, plain_open = zipfile.ZipFile, open
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *a: listed.append(a) or zip_file(*a))
+    monkeypatch.setattr("builtins.open", lambda *a: opened.append(a) or plain_open(*a))
+    members = list(archives.members())
+    with ThreadPoolExecutor(4) as pool:
+        contents = list(pool.map(archives.read, members))
+    assert contents == [str(i).encode() for i in range(50)]
+    assert len(listed) == 1 and 1 <= sum(str(call[0]) == str(archive) for call in opened) <= 4 + 1  # + the list
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "utf-8"])
+def test_korean_names_without_the_mark_of_utf_8_are_legible(tmp_path, encoding):
+    written = "디지털카메라/가.json".encode(encoding)
+    archive = write_zip(tmp_path / "a.zip", {"x" * len(written): b"{}"})
+    archive.write_bytes(archive.read_bytes().replace(b"x" * len(written), written))
+    # the writer marks names as UTF-8 only where they are not ASCII: here it has not
+    archives = Archives([archive], ["n"], "DOWNLOADED")
+    (member,) = archives.members()
+    assert member.name == "디지털카메라/가.json" and archives.where(member).endswith("a.zip/디지털카메라/가.json")
+
+
+def test_what_systems_add_to_archives_and_names_of_windows(tmp_path):
+    names = ["__MACOSX/._a.json", "x/._b.json", "label\\01\\c.json", ".DS_Store/d.json"]
+    archive = write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"{}"))
+    assert set(read_all(archive)) == {"c.json"}
+
+
+def damage(path, data, change):
+    content = path.read_bytes()
+    place = content.index(data)
+    path.write_bytes(content[:place] + change(data) + content[place + len(data) :])
+
+
+def test_damaged_members_are_found_by_their_checksum_and_others_are_read(tmp_path):
+    packed = {name: zlib.compressobj(wbits=-15) for name in "ab"}
+    stored = write_zip(tmp_path / "stored.zip", {"a.json": b"0123456789", "b.json": b"good"})
+    damage(stored, b"0123456789", lambda data: data[::-1])
+    deflated = write_zip(tmp_path / "packed.zip", {"a.json": b"x" * 999}, compression=zipfile.ZIP_DEFLATED)
+    data = packed["a"].compress(b"x" * 999) + packed["a"].flush()
+    damage(deflated, data, lambda data: b"\xff" * len(data))
+    for archive in (stored, deflated):
+        archives = Archives([archive], [".json"], "DOWNLOADED")
+        first, *rest = archives.members()
+        with pytest.raises(DamagedMember, match="damaged in the archive"):
+            archives.read(first)
+        assert [archives.read(member) for member in rest] in ([b"good"], [])
+
+
+def test_a_member_never_grows_beyond_its_stated_size(tmp_path):
+    archive = write_zip(tmp_path / "a.zip", {"a.json": b"0" * 10**7}, compression=zipfile.ZIP_DEFLATED)
+    archives = Archives([archive], [".json"], "DOWNLOADED")
+    (member,) = archives.members()
+    with pytest.raises(DamagedMember):
+        archives.read(member._replace(size=1000))
+    with pytest.raises(DamagedMember, match="larger than 1 GB"):
+        archives.read(member._replace(size=2**31))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"method": 12}, "method 12"), ({"is_encrypted": True}, "encrypted"), ({"offset": 7}, "damaged")]
+)
+def test_members_that_are_not_supported_are_named(tmp_path, changes, reason):
+    archives = Archives([write_zip(tmp_path / "a.zip", {"a.json": b"0" * 99})], [".json"], "DOWNLOADED")
+    (member,) = archives.members()
+    with pytest.raises(DamagedMember, match=reason):
+        archives.read(member._replace(**changes))
+
+
+def test_an_archive_that_was_cut_off_is_an_error_that_names_it(tmp_path):
+    archive = write_zip(tmp_path / "TS.zip", CONTENT)
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"DOWNLOADED: .*TS\.zip is not a complete zip file .*download it again"):
+        read_all(archive)
+    with pytest.raises(UserError, match=r"DOWNLOADED: .*nowhere\.zip does not exist"):
+        read_all(tmp_path / "nowhere.zip")
+
+
+def test_pieces_of_a_divided_archive_are_an_error_with_the_command_that_joins_them(tmp_path):
+    for name in ("TS.zip.part0", "TS.zip.part1073741824"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"2 pieces of divided archives .*cat X\.zip\.part\* > X\.zip"):
+        read_all(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="offsets beyond 4 GB in a sparse file")
+def test_members_beyond_4_gigabytes_are_read(tmp_path):
+    path, file = tmp_path / "a.zip", io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.json", b"far")
+    with open(path, "wb") as target:  # what is before the first member moves all offsets
+        target.seek(5 * 2**30)
+        target.write(file.getvalue())
+    assert read_all(path) == {"a.json": b"far"}
