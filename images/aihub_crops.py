@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import filelock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from images.aihub import ABOUT, NAME, Found, Label, Target, folders_of, grade_of, in_threads, merged_names, photo_key
-from images.archives import Archives, DamagedMember, Member
-from images.decode import failure_reason, image_size_limit, load_image
+from images.archives import Archives, Member
+from images.decode import image_size_limit, load_image
 from images.folders import file_stat
+from images.formats import HEAD_BYTES, describe_content
 from run.cli import UserError, progress_bar
 from run.files import atomic_write, csv_writer, printable
 from run.folder import is_inside
@@ -189,10 +190,12 @@ def _size(member):
 def _cut(archives, task):
     """Make the crops of one photograph. -> ({crop: its file}, what was skipped). Raises UserError if one cannot be
     written."""
+    content = b""
     try:
-        photograph = load_image(archives.read(task.photo))
+        content = archives.read(task.photo)
+        photograph = load_image(content)
     except Exception as error:  # whatever the decoder raises is the reason in the list
-        reason = _reason(error, archives.where(task.photo))
+        reason = _reason(error, content)
         return {}, [_skipped(label, reason) for label, _ in task.crops]
     made, problems = {}, []
     for label, path in task.crops:
@@ -212,10 +215,13 @@ def _skipped(label, reason):
     return f"{label.crop}.json", label.photo, reason
 
 
-def _reason(error, name):
+def _reason(error, content):
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"larger than {image_size_limit():g} megapixels"
-    return str(error) if isinstance(error, DamagedMember) else failure_reason(error, name)
+    if isinstance(error, UnidentifiedImageError):
+        kind = describe_content(content[:HEAD_BYTES], len(content)) or "not an image"
+        return f"it is {kind}" if content else "empty file"
+    return getattr(error, "strerror", None) or str(error) or repr(error)
 
 
 def _write_crop(photograph, square, path):

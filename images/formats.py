@@ -58,6 +58,11 @@ def describe_file(path: str | Path) -> str | None:
             size = os.fstat(file.fileno()).st_size
     except OSError:
         return None
+    return describe_content(head, size)
+
+
+def describe_content(head: bytes, size: int) -> str | None:
+    """As `describe_file`. head: the first bytes, at most HEAD_BYTES; size: of the file, in bytes."""
     if not head.strip(b"\0"):
         return f"{size} bytes that are all zero" if size <= len(head) else "a file that begins with zero bytes"
     if head[4:8] == b"ftyp":

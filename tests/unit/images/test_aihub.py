@@ -31,7 +31,13 @@ def read(folder, *targets):
 
 def test_a_label_has_person_device_angle_area_box_grades_and_values():
     found = parse(name="0001_01_L15_01.json", width=90, height=120)
-    assert (found.crop, found.person, found.device, found.angle, found.area) == ("0001_01_L15_01", "0001", "01", "L15", 1)
+    assert (found.crop, found.person, found.device, found.angle, found.area) == (
+        "0001_01_L15_01",
+        "0001",
+        "01",
+        "L15",
+        1,
+    )
     assert found.box == (20, 10, 70, 30) and found.size == (90, 120) and found.photo == "0001_1_F.jpg"
     assert found.grades == {"forehead_wrinkle": 3, "forehead_pigmentation": 1}
     assert found.values == {"forehead_moisture": 59.97}
@@ -130,9 +136,11 @@ def test_every_label_of_the_targets_areas_is_kept_or_skipped_with_a_reason(tmp_p
 
 def test_two_label_files_of_a_crop_count_once_if_they_agree_and_not_at_all_otherwise(tmp_path):
     content = aihub_tree.files(angles=("F",), devices=("1",))
-    first, second = (f"label/{aihub_tree.DEVICES['1']}/{p}/{p}_1_F_01.json" for p in ("0001", "0002"))
+    first = f"label/{aihub_tree.DEVICES['1']}/0001/0001_1_F_01.json"
     content["again/label/1/0001/0001_1_F_01.json"] = content[first]
-    content["again/label/1/0002/0002_1_F_01.json"] = aihub_tree.label("0002", "1", "F", 1, annotations={"forehead_wrinkle": 5})
+    content["again/label/1/0002/0002_1_F_01.json"] = aihub_tree.label(
+        "0002", "1", "F", 1, annotations={"forehead_wrinkle": 5}
+    )
     found = read(aihub_tree.write_tree(tmp_path, content), Target("forehead_wrinkle"))
     assert list(found.labels) == ["0001_1_F_01"] and found.repeated == 1
     assert [reason for *_, reason in found.skipped] == ["label files of the same crop differ"] * 2

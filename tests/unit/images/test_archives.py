@@ -101,7 +101,8 @@ def test_a_member_never_grows_beyond_its_stated_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"), [({"method": 12}, "method 12"), ({"is_encrypted": True}, "encrypted"), ({"offset": 7}, "damaged")]
+    ("changes", "reason"),
+    [({"method": 12}, "method 12"), ({"is_encrypted": True}, "encrypted"), ({"offset": 7}, "damaged")],
 )
 def test_members_that_are_not_supported_are_named(tmp_path, changes, reason):
     archives = Archives([write_zip(tmp_path / "a.zip", {"a.json": b"0" * 99})], [".json"], "DOWNLOADED")
