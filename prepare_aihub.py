@@ -50,7 +50,7 @@ def build_parser() -> Parser:
         "--bins",
         type=bins,
         metavar="LIMITS",
-        help="grades of --equipment: 10,20 means below 10, below 20, above [none]",
+        help="limits of the grades of --equipment, such as 10,20,30 [none]",
     )
     add("--output", metavar="DIR", help="crops and tables are saved to this folder [none]")
     add("--class_folders", action="store_true", help="write one folder per grade instead of a table [off]")
@@ -59,29 +59,29 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    check_flags(args)
+    check_task(args)
     from run.signals import Signals
 
     with Signals():
         from images.aihub import EXTENSIONS, Target, print_list, read_labels
-        from images.aihub_crops import check_output, count_reasons
+        from images.aihub_crops import check_output_folder, count_reasons
         from images.archives import Archives
 
         targets = [Target(args.equipment, args.bins)] if args.equipment else [Target(t) for t in args.target or []]
         if not args.list:
-            check_output(Path(args.output), args.downloaded, args.class_folders)
+            check_output_folder(Path(args.output), args.downloaded, args.class_folders)
         archives = Archives(args.downloaded, EXTENSIONS, "DOWNLOADED")
         found = read_labels(archives, targets)
         print(f"{found.label_files} label files, {sum(map(len, found.photos.values()))} photographs")
         if not args.list:
-            return prepare(archives, found, targets, args)
+            return make_crops(archives, found, targets, args)
         print_list(found)
         if found.skipped:
             print(f"label files that cannot be used: {count_reasons(found.skipped)}", file=sys.stderr)
         return 1 if found.skipped else 0
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_task(args: argparse.Namespace) -> None:
     """Raise UserError for flags that are missing, or that exclude each other."""
     tasks = {"--list": args.list, "--target": args.target, "--equipment": args.equipment}
     given = [flag for flag, value in tasks.items() if value]
@@ -100,7 +100,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--class_folders: a crop can be in the folder of one grade; name one --target")
 
 
-def prepare(archives: "Archives", found: "Found", targets: "Sequence[Target]", args: argparse.Namespace) -> int:
+def make_crops(archives: "Archives", found: "Found", targets: "Sequence[Target]", args: argparse.Namespace) -> int:
     """Write crops and tables, and print what is there. -> exit status: 1 if labels have no crop"""
     from images.aihub_crops import (
         IMAGES,

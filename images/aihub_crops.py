@@ -91,7 +91,7 @@ def output_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_output(folder: Path, downloaded: Sequence[str], class_folders: bool) -> None:
+def check_output_folder(folder: Path, downloaded: Sequence[str], class_folders: bool) -> None:
     """Raise UserError if the folder is in one of those that are read, or holds what is not of this kind of output."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {folder} is not a folder")
@@ -110,6 +110,8 @@ def check_output(folder: Path, downloaded: Sequence[str], class_folders: bool) -
             f"--output: {folder} holds {printable(others[0])}, which is not "
             f"{'a folder of a grade' if class_folders else 'of this command'}; name another folder"
         )
+    if not class_folders:
+        _columns_of(folder / TABLE)
 
 
 def check_class_folders(folder: Path, labels: Mapping[str, Label], target: Target) -> None:

@@ -86,14 +86,16 @@ class Archives:
         for number, path in enumerate(self.paths):
             try:
                 with zipfile.ZipFile(path) as archive:
-                    listed = archive.infolist()
+                    listed = archive.infolist()[::-1]
+                del archive  # so that the entries of a million files can be freed one by one
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(
                     f"{self.flag}: {printable(path)} is not a complete zip file ({reason}); download it again, or "
                     "unpack it if it is another kind of archive"
                 ) from error
-            for info in listed:
+            while listed:
+                info = listed.pop()
                 member = Member(
                     number,
                     _decoded(info),

@@ -38,6 +38,7 @@ def complete(line, tmp_path, *options):
         ("python search.py sweep.yaml --tr", ["--train_loss", "--trials"]),
         ("python ablate.py --epochs 3 --seed", ["--seed", "--seeds"]),
         ("python bench.py --parts input st", ["step", "startup"]),
+        ("python prepare_aihub.py TL.zip --t", ["--target"]),
     ],
 )
 def test_flags_and_choices_are_completed_also_those_that_are_passed_on_to_main(line, expected, tmp_path):

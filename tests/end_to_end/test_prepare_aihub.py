@@ -237,5 +237,5 @@ def test_a_table_of_something_else_is_not_replaced(data, tmp_path, capsys):
     (out := tmp_path / "out").mkdir()
     (out / "labels.csv").write_text("mine\n1\n")
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 2
-    assert (out / "labels.csv").read_text() == "mine\n1\n"
+    assert outputs(out) == {"labels.csv": b"mine\n1\n"}
     assert "labels.csv is not a table of this command" in capsys.readouterr().err

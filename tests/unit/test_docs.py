@@ -17,6 +17,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "main.py": "flags", "predict.py": "predict", "export.py": "export",
     "search.py": "search", "ablate.py": "ablate", "report.py": "report", "bench.py": "bench",
+    "prepare_aihub.py": "prepare_aihub",
 }  # fmt: skip
 # {flag: what its number counts or measures}; another flag with a number is listed in NO_UNIT
 UNITS = {

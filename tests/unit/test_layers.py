@@ -12,7 +12,7 @@ from helpers import ROOT
 
 # from the top; a module imports only from layers below its own, or from its own package
 LAYERS = (
-    ("main", "predict", "export", "search", "ablate", "report", "bench"),
+    ("main", "predict", "export", "search", "ablate", "report", "bench", "prepare_aihub"),
     ("study",),
     ("evaluation", "inference", "portable", "resume", "batch_search"),
     ("pages", "heatmaps"),
@@ -43,6 +43,7 @@ MISTAKES = {
     "report": [],
     "bench": ["--parts", "everything"],
     "export": ["runs/x", "model.h5"],
+    "prepare_aihub": ["TL.zip", "--target", "forehead_wrinkle"],
 }
 SLOW_IMPORTS = ("torch", "torchvision", "numpy", "wandb", "sklearn", "matplotlib", "optuna", "cv2", "PIL", "joblib")
 MAX_CPU_SECONDS = 1
