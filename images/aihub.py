@@ -31,6 +31,8 @@ AREAS = (
 )  # fmt: skip
 SIDES = ("l_", "r_")
 ABOUT = ("gender", "age", "skin_type", "sensitive")  # the person, in `info`
+FIRST_COLUMNS = ("image", "person_id", "device", "angle", "area", *ABOUT)  # of the table; grades have others
+VALUE = "equipment_"  # before the name of an instrument value in the table: grades and values share names
 NAME = re.compile(r"(\w[\w-]*)_(\w+)_(\w+)_(\w+)")  # person, device, angle, area
 MAX_NAME_LETTERS = 60  # of a crop, which is 180 bytes in Hangul; some file systems allow 255
 MAX_LABEL_BYTES = 2**24
@@ -85,7 +87,7 @@ def parse_label(content: bytes, parts: Sequence[str]) -> Label:
         folders_of(parts),
         _box(images.get("bbox"), area),
         size if all(size) else None,
-        {intern(key): _whole(grade) for key, grade in _part(document, "annotations").items() if not _is_nested(grade)},
+        {intern(key): _whole(grade) for key, grade in _part(document, "annotations").items() if _is_grade(key, grade)},
         {intern(key): _number(value) for key, value in _part(document, "equipment").items() if not _is_nested(value)},
     )
 
@@ -113,6 +115,10 @@ def _parsed(content):
 def _part(document, key):
     part = document.get(key)
     return part if isinstance(part, dict) else {}
+
+
+def _is_grade(key, grade):
+    return not _is_nested(grade) and key not in FIRST_COLUMNS and not key.startswith(VALUE)
 
 
 def _is_nested(value):
@@ -163,7 +169,7 @@ class Target:
     @property
     def column(self) -> str:
         """-> its column in the table."""
-        return self.name if self.bins is None else f"equipment_{self.name}_grade"
+        return self.name if self.bins is None else f"{VALUE}{self.name}_grade"
 
     def is_in(self, label: Label) -> bool:
         return not (label.grades if self.bins is None else label.values).keys().isdisjoint(self.keys)
@@ -300,13 +306,15 @@ def _leave_out_unusable(found, targets, archives, without, others, origins):
 
 def _check_targets(targets, found):
     for target in targets:
-        flag, known = ("--target", found.targets) if target.bins is None else ("--equipment", found.instruments)
+        flag, kind, known = "--target", "grade", found.targets
+        if target.bins is not None:
+            flag, kind, known = "--equipment", "value", found.instruments
         if not known:
-            where, _, reason = found.skipped[0] if found.skipped else (f"the {found.label_files} label files", "", "")
-            raise UserError(f"{flag}: no label file has any; the first: {where} {reason}".rstrip())
+            first = "; {}: {}".format(*found.skipped[0][::2]) if found.skipped else ""
+            raise UserError(f"{flag}: none of the {found.label_files} label files has a {kind}{first}")
         if not any(key in known for key in target.keys):
             names = ", ".join(sorted({*known, *merged_names(known)}))
-            raise UserError(f"{flag}: no label file has {target.name}; there are {names}")
+            raise UserError(f"{flag}: no label file has a {kind} of {target.name}; there are {names}")
 
 
 def in_threads(function: Callable[[Any], Any], tasks: Iterable) -> Iterator[Any]:
@@ -350,10 +358,9 @@ def print_list(found: Found) -> None:
     _print_table(rows)
     rows = [["--equipment", "area", "values", "min", "25%", "50%", "75%", "max", "missing"]]
     for name in sorted(found.instruments):
-        numbers = np.array(found.values[name])
-        quartiles = (
-            [f"{value:.4g}" for value in np.percentile(numbers, [0, 25, 50, 75, 100])] if len(numbers) else [""] * 5
-        )
+        numbers, quartiles = np.array(found.values[name]), [""] * 5
+        if len(numbers):
+            quartiles = [f"{value:.4g}" for value in np.percentile(numbers, [0, 25, 50, 75, 100])]
         missing = str(found.missing_values[name] or "")
         rows.append([name, _area_names(found.areas[name]), str(len(numbers)), *quartiles, missing])
     if len(rows) > 1:

@@ -13,7 +13,20 @@ from typing import NamedTuple
 import filelock
 from PIL import Image, UnidentifiedImageError
 
-from images.aihub import ABOUT, NAME, Found, Label, Target, folders_of, grade_of, in_threads, merged_names, photo_key
+from images.aihub import (
+    FIRST_COLUMNS,
+    NAME,
+    SIDES,
+    VALUE,
+    Found,
+    Label,
+    Target,
+    folders_of,
+    grade_of,
+    in_threads,
+    merged_names,
+    photo_key,
+)
 from images.archives import Archives, Member
 from images.decode import image_size_limit, load_image
 from images.folders import file_stat
@@ -25,8 +38,6 @@ from run.folder import is_inside
 IMAGES, TABLE, SKIPPED, LOCK = "images", "labels.csv", "skipped.csv", ".prepare_aihub.lock"
 SUFFIX = ".jpg"
 JPEG = {"quality": 95, "subsampling": 0}  # subsampling 0: colors at full resolution
-FIRST_COLUMNS = ("image", "person_id", "device", "angle", "area", *ABOUT)
-VALUE = "equipment_"  # before the name of an instrument value: grades and values share names
 MAX_REASONS = 8  # that are printed
 
 
@@ -143,8 +154,7 @@ def write_crops(archives: Archives, found: Found, folder: Path, class_target: Ta
         for stray in place.glob(".*.tmp"):  # of a process that was killed
             if re.fullmatch(rf"\..+\{SUFFIX}\.\d+\.tmp", stray.name):
                 stray.unlink()
-    made = {}
-    missing = {}
+    made, missing = {}, {}
     for crop, path in places.items():
         (made if is_complete(path) else missing)[crop] = path
     finished, tasks = len(made), _tasks(found, missing)
@@ -270,7 +280,7 @@ def write_table(found: Found, crops: Mapping[str, Path], folder: Path, targets: 
 
 def _sides(known, asked):
     """-> {name without side: the two names with sides} of what has both, and of what is asked for without side."""
-    return merged_names(known) | {name: (f"l_{name}", f"r_{name}") for name in asked if name not in known}
+    return merged_names(known) | {name: tuple(side + name for side in SIDES) for name in asked if name not in known}
 
 
 def _row(label, image, sides):

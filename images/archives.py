@@ -16,7 +16,7 @@ from images.layout import SYSTEM_NAMES
 from run.cli import UserError
 from run.files import printable
 
-ZIP, PART = ".zip", re.compile(r"\.(part\d+|z\d\d|\d{3})")  # PART: extensions of the pieces of a divided archive
+ZIP, PART = ".zip", re.compile(r"\.part\d+")  # PART: extension of a piece of a divided archive
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 SIGNATURE = b"PK\x03\x04"
 IS_ENCRYPTED, IS_UTF8 = 0x1, 0x800  # flag bits of a member

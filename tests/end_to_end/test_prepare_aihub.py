@@ -218,7 +218,10 @@ def test_paths_in_archives_cannot_leave_the_output(tmp_path):
         (["--equipment", "l_cheek_pore", "--bins", "2,1", "--output", "OUT"], "2,1 is not ascending"),
         (["--equipment", "l_cheek_pore", "--bins", "nan", "--output", "OUT"], "must be a finite number"),
         (["--target", "a", "b", "--class_folders", "--output", "OUT"], "--class_folders: a crop can be in"),
-        (["--target", "lips", "--output", "OUT"], "--target: no label file has lips; there are cheek_pore, "),
+        (
+            ["--target", "lips", "--output", "OUT"],
+            "--target: no label file has a grade of lips; there are cheek_pore, ",
+        ),
         (["--target", "lip_dryness", "--output", "DATA/out"], "name a folder outside of it"),
         (["--target", "lip_dryness", "--output", "DATA/label/FILE"], "is not a folder"),
     ],

@@ -59,6 +59,10 @@ def test_outlines_are_no_grade_and_null_is_as_good_as_nothing():
     assert parse(annotations=None, equipment=None)[-2:] == ({}, {})
 
 
+def test_what_would_replace_other_columns_of_the_table_is_no_grade():
+    assert parse(annotations={"image": 1, "age": 2, "equipment_x": 3, "lip_dryness": 4}).grades == {"lip_dryness": 4}
+
+
 def test_a_box_may_have_its_corners_in_any_order_and_numbers_as_text():
     assert parse(bbox=[70, 30, "20", 10.0]).box == (20, 10, 70, 30)
 
@@ -162,15 +166,21 @@ def test_the_list_has_counts_per_grade_areas_and_quartiles(tmp_path, capsys):
 
 def test_unknown_targets_are_errors_that_list_those_there_are(tmp_path):
     folder = aihub_tree.write_tree(tmp_path / "data", aihub_tree.files(angles=("F",), devices=("1",)))
-    with pytest.raises(UserError, match=r"--target: no label file has glabella; there are cheek_pore, forehead_"):
+    with pytest.raises(
+        UserError, match=r"--target: no label file has a grade of glabella; there are cheek_pore, forehead_"
+    ):
         read(folder, Target("forehead_wrinkle"), Target("glabella"))
-    with pytest.raises(UserError, match=r"--equipment: no label file has forehead_wrinkle; there are .*moisture"):
+    with pytest.raises(
+        UserError, match=r"--equipment: no label file has a value of forehead_wrinkle; there are .*moisture"
+    ):
         read(folder, Target("forehead_wrinkle", (1,)))
     with pytest.raises(UserError, match=r"DOWNLOADED: no label files .*TL\.zip"):
         read(folder / "img")
     (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "package.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--target: no label file has any; the first: .*package\.json it"):
+    (tmp_path / "others" / "package.json").write_text('{"info": {}}')
+    with pytest.raises(
+        UserError, match=r"--target: none of the 1 label files has a grade; .*package\.json: its name is not"
+    ):
         read(tmp_path / "others", Target("forehead_wrinkle"))
 
 
