@@ -15,13 +15,16 @@ from engine import Engine, Outputs, build_engine
 from flag_queries import is_ordinal, replaced_splits
 from flags import SPLITS
 from images.cache import open_cache, read_all
+from images.classes import ClassNames
 from images.folders import ImageIndex, check_duplicates, index_folders
-from images.leakage import num_trained_on, subject_ids
+from images.labels import index_table
+from images.leakage import num_trained_on, subjects_of, warn_of_nameless_subjects
 from images.splits import find_images, on_all_ranks, paths_by_split
 from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import write_report
 from plots import plot_confusion_matrix
+from run.cli import UserError
 from run.environment import write_environment
 from run.files import printable, write_json, write_predictions
 from run.log import start_log
@@ -118,7 +121,8 @@ def evaluate_splits(
     for split, index in splits.items():
         loss, probabilities[split], targets = outputs[split]
         results[split] = split_metrics(split, loss, probabilities[split])
-        write_predictions(run_dir / f"{split}_predictions.csv", index.paths, targets, probabilities[split], classes)
+        file = run_dir / f"{split}_predictions.csv"
+        write_predictions(file, index.paths, targets, probabilities[split], classes, index.columns)
         if args.tta:
             loss, probs, _ = mirrored[split]
             results.setdefault("tta", {})[split] = split_metrics(split, loss, probs)
@@ -133,6 +137,8 @@ def evaluate_splits(
             loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
             results["posthoc"][split] = split_metrics(split, loss, adjusted)
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
+    if splits["test"].subject_column:
+        results["subject_column"] = splits["test"].subject_column
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, probabilities
@@ -147,12 +153,9 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     Only test if it comes from elsewhere and the data of the checkpoint are not on this machine.
     """
     trained_flags, replaced = checkpoint["args"], replaced_splits(args, checkpoint["args"])
-    splits = {
-        split: index_folders(
-            getattr(args, f"{split}_dirs"), checkpoint["classes"], f"--{split}_dirs", allow_missing=True
-        )
-        for split in replaced
-    }
+    if args.labels and not replaced:
+        raise UserError("--labels: name the folder of its images with --test_dirs; the checkpoint has its own labels")
+    splits = {split: _index_to_test(args, split, checkpoint["classes"]) for split in replaced}
     check_duplicates([path for index in splits.values() for path in index.paths], "--val_dirs / --test_dirs")
     kept = [split for split in ("val", "test") if split not in replaced]
     has_moved = args.data_dirs != trained_flags["data_dirs"]
@@ -164,7 +167,24 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     splits = {split: splits[split] for split in SPLITS if split in splits}
     splits = read_all(splits, open_cache(args), args.skip_broken)
     warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)
+    for split in replaced:
+        warn_of_nameless_subjects(splits[split])
     return splits
+
+
+def _index_to_test(args, split, classes):
+    """The images of --val_dirs or --test_dirs, with the labels of --labels or of their folders."""
+    folders, flag = getattr(args, f"{split}_dirs"), f"--{split}_dirs"
+    if not args.labels:
+        names = ClassNames(args.merge, args.drop)
+        return index_folders(folders, classes, flag, allow_missing=True, names=names)
+    index, split_of = index_table(args, folders, flag, classes)
+    if split_of is None:
+        return index
+    chosen = np.flatnonzero(split_of == SPLITS.index(split))
+    if not chosen.size:
+        raise UserError(f"--split_column: no row is in {split}")
+    return index.subset(chosen)
 
 
 def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict) -> None:
@@ -180,13 +200,14 @@ def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict) -> N
 def subjects_by_split(
     splits: dict[str, ImageIndex], args: argparse.Namespace, trained_flags: Mapping[str, Any]
 ) -> dict[str, np.ndarray | None]:
-    """-> {split: subject of each image (N,) int, or None} by `--group_regex`: that of the training for its own images.
+    """-> {split: subject of each image (N,) int, or None} by their table, or by `--group_regex`: that of the
+    training for its own images.
 
     trained_flags: {flag: value} of the training.
     """
     replaced = replaced_splits(args, trained_flags)
     patterns = {split: args.group_regex if split in replaced else trained_flags.get("group_regex") for split in splits}
-    return {split: subject_ids(index.paths, patterns[split]) for split, index in splits.items()}
+    return {split: subjects_of(index, patterns[split]) for split, index in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- printing

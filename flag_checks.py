@@ -5,8 +5,9 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
 from flag_queries import flag_of, scaled_learning_rate
-from flags import DEMO_DEFAULTS, FOLDER_FLAGS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
+from flags import DEMO_DEFAULTS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_folder, prefixed
@@ -36,15 +37,17 @@ def parse_flags(
     if {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys() and not (args.run_dir or args.resume):
         # a trial of a sweep: its own folder, in which it resumes when it is restarted after preemption
         args.run_dir, args.auto_resume = prefixed(args.output_dir, os.environ["WANDB_RUN_ID"]), True
-    for name in FOLDER_FLAGS:  # absolute, so that a run can be resumed from any folder
+    if inherited and args.eval_only:
+        _forget_table(args, explicit)
+    for name in PATH_FLAGS:
         if getattr(args, name):
-            setattr(args, name, [os.path.abspath(folder) for folder in getattr(args, name)])
+            setattr(args, name, [os.path.abspath(path) for path in getattr(args, name)])
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)
     if inherited and args.auto_resume:
         args.demo = False  # its images exist already and are the --data_dirs of the run
     may_have_checkpoint = args.resume or (args.auto_resume and os.path.isdir(args.run_dir or ""))
     is_complete = checkpoint_is_known or not may_have_checkpoint
-    if is_complete:
+    if is_complete and not args.labels:  # which say what is in which split
         take_splits(args, explicit, inherited or {})
     for names, is_broken, message in RULES:
         if (is_complete or explicit.keys() >= set(names)) and is_broken(args):
@@ -135,10 +138,17 @@ def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag:
             raise UserError(f"{flag}: {path} has been altered: its --{action.dest} is {value!r}")
 
 
+def _forget_table(args, explicit):
+    """`--eval_only` reads no table unless it is given again, and none of the training's subjects with a new one."""
+    for name in ("labels", *COLUMN_FLAGS, *(("group_regex",) if "labels" in explicit else ())):
+        if name not in explicit:
+            setattr(args, name, None)
+
+
 def _check_shares(args):
     """Raise UserError if `--split` has no images for a split without folders of its own."""
     for split, share in zip(SPLITS, args.split, strict=True):
-        is_separate = getattr(args, f"{split}_dirs", None) or (args.folds and split == "test")
+        is_separate = args.split_column or getattr(args, f"{split}_dirs", None) or (args.folds and split == "test")
         if share == 0 and not is_separate:
             raise UserError(f"--split: {_text_of(args.split)} leaves no images for {split}")
 
@@ -150,6 +160,9 @@ def _check_folders(args):
     for name in FOLDER_FLAGS:
         for folder in getattr(args, name) or []:
             check_is_folder(folder, f"--{name}")
+    for path in args.labels or []:
+        if not os.path.isfile(path):
+            raise UserError(f"--labels: {path} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
 
 
 def _text_of(shares):
@@ -164,6 +177,10 @@ def _leaves_its_folder(args):
 def trains_all_folds(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a whole cross-validation, not for one training."""
     return bool(args.folds) and args.fold is None and not args.resume
+
+
+def _has_columns_without_table(args):
+    return not args.labels and any(getattr(args, name) for name in COLUMN_FLAGS)
 
 
 def _has_nothing_to_defer(args):
@@ -189,6 +206,28 @@ RULES = (
         "--auto_resume: finds the checkpoint in --run_dir by itself; omit --resume",
     ),
     (("data_dirs", "demo"), lambda a: a.data_dirs and a.demo, "--demo: draws its own data; omit --data_dirs"),
+    (("labels", "demo"), lambda a: a.labels and a.demo, "--demo: draws its own data; omit --labels"),
+    (
+        ("image_column", "label_column", "subject_column", "split_column"),
+        _has_columns_without_table,
+        "--image_column / --label_column / --subject_column / --split_column: name the table with --labels FILE",
+    ),
+    (
+        ("labels", "val_dirs"),
+        lambda a: a.labels and (a.val_dirs or (a.test_dirs and not a.eval_only)),
+        "--labels: its images are found below --data_dirs, or with --eval_only below --test_dirs; omit the other "
+        "folders, and name a column of published splits with --split_column",
+    ),
+    (
+        ("group_regex", "subject_column"),
+        lambda a: a.group_regex and a.subject_column,
+        "--group_regex: the subjects are those of --subject_column {subject_column}; omit one of them",
+    ),
+    (
+        ("split_column", "folds"),
+        lambda a: a.split_column and a.folds,
+        "--folds: makes the splits itself; omit --split_column",
+    ),
     (
         ("fold", "folds"),
         lambda a: a.fold is not None and not (a.folds and a.fold < a.folds),

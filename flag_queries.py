@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flags import BATCH_SIZE, FOLDER_FLAGS, NEUTRAL_FLAGS, build_parser
+from data_flags import FOLDER_FLAGS
+from flags import BATCH_SIZE, NEUTRAL_FLAGS, build_parser
 
 
 @functools.cache

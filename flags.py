@@ -1,14 +1,16 @@
-"""The flags of `main.py`: their names, types, choices, defaults and help."""
+"""The flags of `main.py`: their names, types, choices, defaults and help; those of the data are in data_flags.py."""
 
 import argparse
 import os
 
-from run.cli import Parser, UserError, add_switch, boolean, number, regex
+from data_flags import add_data_flags
+from run.cli import Parser, UserError, add_switch, boolean, number
 
 DESCRIPTION = """Train a ResNet-50 to grade skin conditions from very imbalanced class folders.
 
 python main.py --demo
 python main.py --data_dirs data/forehead_wrinkles --train_loss ce --use_augmentation
+python main.py --data_dirs photos --labels metadata.csv
 python main.py --resume checkpoints_20260101_120000/last_model.pth
 python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
 
@@ -27,7 +29,6 @@ WEIGHTED_LOSSES = ("cb", "weighted_ce", "ldam")  # their class weights are what 
 CB_FORMS = ("softmax", "sigmoid")
 SAMPLINGS = ("instance", "balanced", "sqrt", "progressive")
 AUGMENTATIONS = ("horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter")
-RESIZES = ("stretch", "crop", "pad")
 AMP_MODES = ("auto", "off", "bf16", "fp16")
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -46,7 +47,6 @@ NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
     "save_minutes", "max_megapixels",
 }  # fmt: skip
-FOLDER_FLAGS = ("data_dirs", "val_dirs", "test_dirs")
 # flags that concern the process, not the run: neither a checkpoint nor a file of flags hands them on
 NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
 
@@ -56,7 +56,7 @@ NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb
 
 def build_parser() -> Parser:
     parser = Parser("main.py", DESCRIPTION)
-    _add_data_flags(parser.add_argument_group("data"))
+    add_data_flags(parser.add_argument_group("data"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_loss_flags(parser.add_argument_group("loss"))
     _add_sampling_flags(parser.add_argument_group("sampling and augmentation (training images only)"))
@@ -67,57 +67,6 @@ def build_parser() -> Parser:
     _add_machine_flags(parser.add_argument_group("machine"))
     _add_wandb_flags(parser.add_argument_group("Weights & Biases"))
     return parser
-
-
-def _add_data_flags(group):
-    add = group.add_argument
-    about = "folders with one folder per class, or with train, val and test; same names are merged [none]"
-    add("--data_dirs", nargs="+", metavar="DIR", help=about)
-    add("--val_dirs", nargs="+", metavar="DIR", help="validation images [a share of --data_dirs]")
-    add("--test_dirs", nargs="+", metavar="DIR", help="test images [a share of --data_dirs]")
-    add(
-        "--split",
-        type=number(float, low=0, high=1),
-        nargs=3,
-        metavar=("TRAIN", "VAL", "TEST"),
-        default=[0.6, 0.2, 0.2],
-        help="shares of the images, which add up to 1; stratified by class [0.6 0.2 0.2]",
-    )
-    add(
-        "--group_regex",
-        type=regex,
-        metavar="REGEX",
-        help="regular expression that finds the subject in a file name; each subject stays in one split [none]",
-    )
-    add(
-        "--folds",
-        type=number(int, low=2),
-        metavar="K",
-        help="cross-validation: K trainings, each image tested once [off]",
-    )
-    add("--fold", type=number(int, low=0), metavar="I", help="train only fold I of --folds, counted from 0 [all folds]")
-    add(
-        "--image_size",
-        type=number(int, low=32),
-        default=224,
-        metavar="N",
-        help="images are resized to N x N pixels [224]",
-    )
-    add(
-        "--resize",
-        choices=RESIZES,
-        default="stretch",
-        help="stretch both sides, crop the square in the middle, or pad with black [stretch]",
-    )
-    add_switch(group, "skip_broken", False, "leave out images that cannot be read, instead of stopping")
-    add(
-        "--max_megapixels",
-        type=number(float, above=0),
-        default=200,
-        metavar="M",
-        help="refuse images of more than M megapixels [200]",
-    )
-    add("--demo", action="store_true", help="draw a small synthetic dataset and train on it [off]")
 
 
 def _add_model_flags(group):

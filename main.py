@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     read = functools.partial(restore_splits, args, checkpoint) if checkpoint else functools.partial(make_splits, args)
     splits = on_all_ranks(read, args)
     classes, samples_per_cls = splits["train"].classes, splits["train"].counts()
-    print_class_table(splits, args.beta, args.group_regex)
+    print_class_table(splits, args)
     if is_ordinal(args):
         print(f"order of the grades: {' < '.join(classes)}")
 

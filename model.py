@@ -34,8 +34,10 @@ CHECKPOINT_TYPES = {
     "splits": dict, "file_sizes": dict,  # {split: [N paths]}, {split: (N,) int64 tensor of bytes}
     "rng_state": dict,
     "decoder_version": int,  # of the training images, see images/decode.py
+    "table": (dict, type(None)),  # labels and columns of `--labels`, see images/table_state.py
 }  # fmt: skip
-ABSENT_KEYS = {"decoder_version": 1, "val_outputs": None}  # what older checkpoints, which lack these keys, mean
+# what older checkpoints, which lack these keys, mean
+ABSENT_KEYS = {"decoder_version": 1, "val_outputs": None, "table": None}
 
 
 class CosineHead(nn.Module):

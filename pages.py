@@ -19,7 +19,7 @@ from flag_queries import is_ordinal
 from flags import SPLITS, build_parser
 from gallery import augmented_sheet, duplicate_pairs, explain_photos, heat_scale, photographs
 from images.folders import ImageIndex
-from images.leakage import DUPLICATES_FILE
+from images.leakage import DUPLICATES_FILE, has_subjects
 from metrics import ECE_BINS, confusion_metrics, format_with_interval
 from model import Model
 from run.cli import attempt
@@ -133,6 +133,7 @@ def _run_values(run_dir, splits):
         "args": args,
         "results": results,
         "ordinal": is_ordinal(Namespace(**args)),
+        "has_subjects": has_subjects(args, results or {}),
         "environment": environment,
         "versions": (versions := [f"{name} {environment[name]}" for name in VERSIONS if environment.get(name)]),
         "machine": _machine(environment, versions),

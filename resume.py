@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_flags import LABEL_FLAGS
 from engine import Engine
 from flag_checks import check_inherited, parse_flags
 from flag_queries import data_folders, replaced_splits
@@ -24,6 +25,7 @@ from images.cache import open_cache, read_all
 from images.decode import DECODER_VERSION, warn_of_other_decoder
 from images.folders import ImageIndex, file_stat
 from images.splits import check_folders_used, find_images, paths_by_split
+from images.table_state import table_state
 from model import checkpoint_bytes, load_checkpoint, save_checkpoint, weights_do_not_fit
 from run.cli import Damaged, UserError
 from run.folder import is_inside, locked, new_folder, open_or_create_folder, timestamped
@@ -38,7 +40,8 @@ from schedule import Stage, last_stage_start, steps_before
 WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags that cannot change any more: the images are split, the weights initialized, the best epoch was selected
 FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights")
-FIXED_IN_TRAINING = ("best_metric", "group_regex")  # group_regex may name the subjects of another test set
+# those of the labels may be of another test set
+FIXED_IN_TRAINING = ("best_metric", "group_regex", *LABEL_FLAGS)
 # flags that set the order of the images within an epoch
 ORDER_FLAGS = ("seed", "use_augmentation", "target_samples_per_class", "sampling", "drw_epoch", "crt_epochs", "ema")
 
@@ -149,7 +152,8 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     if not replaced_splits(args, checkpoint["args"]):
         fixed += ("group_regex",)
     for name in fixed:
-        if getattr(args, name) != checkpoint["args"].get(name, getattr(args, name)):
+        default = None if name in LABEL_FLAGS else getattr(args, name)  # of an older checkpoint
+        if getattr(args, name) != checkpoint["args"].get(name, default):
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
 
 
@@ -206,12 +210,15 @@ def snapshot(
         "samples_per_cls": samples_per_cls.tolist(),
         "args": copied_to_cpu(vars(args)),
         "wandb_id": wandb_id,
-        "splits": {},  # by the function: they never change, and a million paths take a while
+        "splits": {},  # by the function, as the table: they never change, and a million paths take a while
         "file_sizes": {split: torch.from_numpy(index.sizes) for split, index in splits.items()},
         "rng_state": random_state(engine.device),
         "decoder_version": DECODER_VERSION,
+        "table": None,
     }
-    return checkpoint["history"], lambda: checkpoint_bytes(checkpoint | {"splits": paths_by_split(splits)})
+    return checkpoint["history"], lambda: checkpoint_bytes(
+        checkpoint | {"splits": paths_by_split(splits), "table": table_state(splits)}
+    )
 
 
 def copied_to_cpu(state: Any) -> Any:

@@ -8,12 +8,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from images.classes import ClassNames
 from images.formats import HEIF_EXTENSIONS, image_extensions
 from images.layout import (
     SPLIT_NAMES,
@@ -88,7 +89,8 @@ class ImageIndex:
 
     paths: N strings; targets: (N,) int64, positions in `classes`; cache_rows: (N,) int64, rows of the cache, -1 (the
     default) for an image that is not cached and is decoded on every use; cache: an `ImageCache`; sizes: (N,) int64,
-    file sizes in bytes, -1 where unknown.
+    file sizes in bytes, -1 where unknown. Of a table of labels: columns: {name: N cells}, None if the classes are
+    folders; subject_column: the column of the subjects.
     """
 
     paths: Paths | Sequence[str]
@@ -97,6 +99,8 @@ class ImageIndex:
     cache_rows: np.ndarray | None = None
     cache: Any = None
     sizes: np.ndarray | None = None
+    columns: dict[str, Paths] | None = None
+    subject_column: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.paths, Paths):
@@ -110,7 +114,15 @@ class ImageIndex:
         """positions: (n,) int."""
         positions = np.asarray(positions, dtype=np.int64)
         cache_rows, sizes = self.cache_rows[positions], self.sizes[positions]
-        return ImageIndex(self.paths[positions], self.targets[positions], self.classes, cache_rows, self.cache, sizes)
+        columns = self.columns and {name: cells[positions] for name, cells in self.columns.items()}
+        return replace(
+            self,
+            paths=self.paths[positions],
+            targets=self.targets[positions],
+            cache_rows=cache_rows,
+            sizes=sizes,
+            columns=columns,
+        )
 
     @property
     def is_cached(self) -> bool:
@@ -136,25 +148,33 @@ def index_folders(
     classes: list[str] | None = None,
     flag: str = "--data_dirs",
     allow_missing: bool = False,
+    names: ClassNames | None = None,
 ) -> ImageIndex:
     """Merge the class folders (`folder/CLASS/**/image`) of all `folders`, class by class.
 
     What systems and runs have put there is passed over. classes: the only classes allowed (those of the training images
-    or of a checkpoint); each needs an image unless `allow_missing`. Raises UserError, naming `flag`, for any other
-    layout.
+    or of a checkpoint); each needs an image unless `allow_missing`. names: under which names they are trained. Raises
+    UserError, naming `flag`, for any other layout.
     """
+    names_in_training, folder_names = names or ClassNames(), set()
     found, skipped, unread, passed_over = {}, Counter(), Counter(), Counter()
     for folder in folders:
         class_folders = _class_folders(folder, classes, flag, passed_over)
         if classes is None:
             _check_level(folder, class_folders, flag)
-        for name, class_folder in class_folders:
+        folder_names.update(name for name, _ in class_folders)
+        for folder_name, class_folder in class_folders:
+            name = names_in_training.of(folder_name)
+            if name is None:
+                continue
             images, others, is_written = images_below(class_folder, flag, passed_over)
             unread[f"class {name}"] += sum(others.pop(extension, 0) for extension in HEIF_EXTENSIONS)
             if images or not is_written:  # otherwise it is a folder of runs, not of a class
                 found.setdefault(name, []).extend(images)
                 skipped.update(others)
     print_left_out(passed_over, skipped, flag, unread)
+    if classes is None:
+        names_in_training.check(folder_names)
     names = sorted(found, key=natural_key)
     _check_classes(names, found, folders, classes, flag, allow_missing)
     if classes is None:

@@ -7,10 +7,11 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -64,16 +65,45 @@ def subject_names(paths: Iterable[str], pattern: str) -> list[str]:
     return names
 
 
-def check_subjects(splits: dict[str, ImageIndex], pattern: str) -> None:
-    """Raise UserError if a subject is in two splits, which --val_dirs and --test_dirs can cause."""
+def subjects_of(index: ImageIndex, pattern: str | None) -> np.ndarray | None:
+    """-> (N,) int64, the numbers of the subjects by the table of the images, or else by `--group_regex`; None without.
+
+    pattern: value of `--group_regex`. An image whose subject the table does not name is a subject of its own.
+    """
+    if index.subject_column is None:
+        return subject_ids(index.paths, pattern)
+    return np.unique(_names_in_table(index), return_inverse=True)[1].astype(np.int64)
+
+
+def _names_in_table(index):
+    return [name or path for name, path in zip(index.columns[index.subject_column], index.paths, strict=True)]
+
+
+def has_subjects(flags: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether the subjects of a run are known. flags: {flag: value} of args.json; results: of results.json."""
+    return bool(flags.get("group_regex") or results.get("subject_column"))
+
+
+def warn_of_nameless_subjects(index: ImageIndex) -> None:
+    """Print how many images have an empty cell in the column of the subjects."""
+    if index.subject_column and (number := sum(not name for name in index.columns[index.subject_column])):
+        print(
+            f"warning: --subject_column: {number} of {len(index)} images have no subject in {index.subject_column!r}; "
+            "each of them counts as a subject of its own"
+        )
+
+
+def check_subjects(splits: dict[str, ImageIndex], pattern: str | None) -> None:
+    """Raise UserError if a subject is in two splits, which --val_dirs, --test_dirs and --split_column can cause."""
     first_seen = {}
     for split, index in splits.items():
-        for name, path in zip(subject_names(index.paths, pattern), index.paths, strict=True):
+        flag = "--subject_column" if index.subject_column else "--group_regex"
+        names = _names_in_table(index) if index.subject_column else subject_names(index.paths, pattern)
+        for name, path in zip(names, index.paths, strict=True):
             other_split, other_path = first_seen.setdefault(name, (split, path))
             if other_split != split:
                 raise UserError(
-                    f"--group_regex: subject {name!r} is in two splits: {other_path} ({other_split}) and {path} "
-                    f"({split})"
+                    f"{flag}: subject {name!r} is in two splits: {other_path} ({other_split}) and {path} ({split})"
                 )
 
 
@@ -107,8 +137,10 @@ def num_trained_on(paths: Iterable[str], checkpoints: Iterable[dict]) -> int:
 def warn_of_near_duplicates(splits: dict[str, ImageIndex], run_dir: Path | None = None) -> None:
     """List the pairs of nearly identical photographs in different splits. A failure costs the list, never the run.
 
+    With a table of labels, which may name a photograph twice under two names, also those of two classes in one split.
     run_dir: a folder for `DUPLICATES_FILE`: {"complete": whether these are all, "count": pairs found, "pairs":
-    [[[split, path], [split, path]], ...], the first MAX_STORED of them}.
+    [[[split, path], [split, path]], ...], the first MAX_STORED of them}; with a table also "other_class": as "pairs",
+    of those in one split.
     """
     try:
         _list_near_duplicates(splits, run_dir)
@@ -125,7 +157,13 @@ def _list_near_duplicates(splits, run_dir):
     sizes = [len(index) for index in splits.values()]
     split_of = np.repeat(np.arange(len(splits)), sizes)
     first = np.cumsum([0, *sizes])
-    pairs, complete = near_duplicates(cache.pixels, cache_rows, split_of)
+    group_of, has_table = split_of, all(index.columns is not None for index in splits.values())
+    if has_table:
+        targets, classes = (np.concatenate([index.targets for index in splits.values()]), splits["train"].classes)
+        group_of = split_of * len(classes) + targets
+    pairs, complete = near_duplicates(cache.pixels, cache_rows, group_of)
+    in_one_split = split_of[pairs[:, 0]] == split_of[pairs[:, 1]]
+    relabelled, pairs = pairs[in_one_split], pairs[~in_one_split]
 
     def place(image):
         split = list(splits)[split_of[image]]
@@ -136,10 +174,19 @@ def _list_near_duplicates(splits, run_dir):
         print(f"nearly identical: {' and '.join(f'{path} ({split})' for split, path in pair)}")
     if len(pairs):
         count = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}" if complete else f"at least {len(pairs)} pairs"
+        or_column = " or --subject_column" if has_table else ""
         listed = f"{MAX_LISTED} of them listed above" if len(pairs) > MAX_LISTED else "listed above"
         print(
             f"warning: {count} of nearly identical photographs in different splits ({listed}); delete one of each "
-            "pair, or keep them in one split with --group_regex"
+            f"pair, or keep them in one split with --group_regex{or_column}"
+        )
+    for a, b in relabelled[:MAX_LISTED].tolist():
+        labels = " and ".join(f"{place(i)[1]} ({classes[targets[i]]})" for i in (a, b))
+        print(f"nearly identical, with two labels: {labels}")
+    if len(relabelled):
+        print(
+            f"warning: pairs of nearly identical photographs in one split that have two labels: {len(relabelled)}; "
+            "correct the table"
         )
     if not complete:
         print(
@@ -148,7 +195,10 @@ def _list_near_duplicates(splits, run_dir):
         )
     if run_dir:
         with suppress(OSError):  # it is only informative
-            write_json(Path(run_dir, DUPLICATES_FILE), {"complete": complete, "count": len(pairs), "pairs": places})
+            found = {"complete": complete, "count": len(pairs), "pairs": places}
+            if has_table:
+                found["other_class"] = [[place(image) for image in pair] for pair in relabelled[:MAX_STORED].tolist()]
+            write_json(Path(run_dir, DUPLICATES_FILE), found)
 
 
 def near_duplicates(pixels: np.ndarray, cache_rows: np.ndarray, split_of: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -16,9 +16,12 @@ import numpy as np
 from flag_queries import data_folders
 from flags import SPLITS
 from images.cache import open_cache, read_all
+from images.classes import ClassNames
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
+from images.labels import index_table, photographs_below, read_labelled
 from images.layout import SPLIT_NAMES
-from images.leakage import check_subjects, subject_ids, warn_of_grouped_names
+from images.leakage import check_subjects, subjects_of, warn_of_grouped_names, warn_of_nameless_subjects
+from images.table_state import with_table
 from run.cli import UserError
 from run.files import printable
 from run.ranks import from_first, from_first_here, is_on_first_machine
@@ -27,6 +30,7 @@ from utils import class_balanced_weights, effective_number
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
 MAX_DRAWS = 50  # of subjects, until every split has every class
 MAX_LISTED = 100  # lost images
+ALL_FOLDERS = "--data_dirs / --val_dirs / --test_dirs"
 
 
 def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
@@ -34,17 +38,13 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
 
     Raises UserError for class folders, images or flags of which no such splits can be made.
     """
-    index = index_folders(args.data_dirs)
-    separate = {
-        split: index_folders(getattr(args, f"{split}_dirs"), index.classes, f"--{split}_dirs")
-        for split in ("val", "test")
-        if getattr(args, f"{split}_dirs")
-    }
+    index, separate = read_labelled(args) if args.labels else _read_class_folders(args)
     every_path = itertools.chain(index.paths, *(source.paths for source in separate.values()))
-    check_duplicates(every_path, "--data_dirs / --val_dirs / --test_dirs")
+    check_duplicates(every_path, ALL_FOLDERS)
     separate = read_all({"data": index, **separate}, open_cache(args), args.skip_broken)
     index = separate.pop("data")
-    subjects = subject_ids(index.paths, args.group_regex)
+    warn_of_nameless_subjects(index)
+    subjects = subjects_of(index, args.group_regex)
     if args.folds:
         folds = fold_splits(index, args.folds, args.split, args.seed, subjects)
         for splits in folds:  # all of them, so that the last fold does not fail after days
@@ -55,11 +55,29 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
         print_sources(args)
     splits = {split: {**splits, **separate}[split] for split in SPLITS}
     check_classes_in_splits(splits, args.split)
-    if args.group_regex:
+    if subjects is not None:
         check_subjects(splits, args.group_regex)
     else:
         warn_of_grouped_names(index.paths)
     return splits
+
+
+def index_data(args: argparse.Namespace) -> ImageIndex:
+    """The images of `--data_dirs`, with the labels of `--labels` or of their folders."""
+    if args.labels:
+        return index_table(args, args.data_dirs, "--data_dirs")[0]
+    return index_folders(args.data_dirs, names=ClassNames(args.merge, args.drop))
+
+
+def _read_class_folders(args):
+    """-> (index of --data_dirs, {split: index of its own folders})"""
+    names = ClassNames(args.merge, args.drop)
+    index = index_folders(args.data_dirs, names=names)
+    return index, {
+        split: index_folders(getattr(args, f"{split}_dirs"), index.classes, f"--{split}_dirs", names=names)
+        for split in ("val", "test")
+        if getattr(args, f"{split}_dirs")
+    }
 
 
 def on_all_ranks(read: Callable[[], dict[str, ImageIndex]], args: argparse.Namespace) -> dict[str, ImageIndex]:
@@ -83,6 +101,8 @@ def on_all_ranks(read: Callable[[], dict[str, ImageIndex]], args: argparse.Names
 
 def print_sources(args: argparse.Namespace) -> None:
     """Print a line with the folders of each split, unless all are split off from ordinary class folders."""
+    if args.labels:  # which says what it has published
+        return
     sources = {split: getattr(args, f"{split}_dirs") for split in ("val", "test") if getattr(args, f"{split}_dirs")}
     if not sources and not any(os.path.basename(folder).casefold() in SPLIT_NAMES for folder in args.data_dirs):
         return
@@ -97,22 +117,26 @@ def print_sources(args: argparse.Namespace) -> None:
     print(f"splits: {'; '.join(lines)}")
 
 
-def print_class_table(splits: dict[str, ImageIndex], beta: float, group_regex: str | None) -> None:
+def print_class_table(splits: dict[str, ImageIndex], args: argparse.Namespace) -> None:
     """Print one line per class: images per split, share, effective number, and weight in a Class-Balanced loss.
 
-    The last three are of the training split. group_regex: if given, a last line has the subjects per split.
+    The last three are of the training split. A class of `--merge` is followed by what was merged. If there are
+    subjects, a last line has their number per split.
     """
+    beta, merged = args.beta, ClassNames(args.merge, args.drop).merged()
     counts = {split: index.counts() for split, index in splits.items()}
     train = counts["train"]
     shares, effective, weights = train / train.sum(), effective_number(train, beta), class_balanced_weights(train, beta)
     print(f"{'class':>16} {'train':>7} {'val':>7} {'test':>7} {'share':>7} {'effective':>10} {'weight':>7}")
     for i, name in enumerate(splits["train"].classes):
         images = " ".join(f"{counts[split][i]:7d}" for split in SPLITS)
-        print(f"{printable(name):>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}")
+        of = f"  ({' + '.join(map(printable, merged[name]))})" if name in merged else ""
+        print(f"{printable(name):>16} {images} {shares[i]:7.1%} {effective[i]:10.1f} {weights[i]:7.3f}{of}")
     totals = " ".join(f"{counts[split].sum():7d}" for split in SPLITS)
     print(f"{'all':>16} {totals} (effective number and Class-Balanced weight at beta {beta:g})")
-    if group_regex:
-        subjects = (len(np.unique(subject_ids(splits[split].paths, group_regex))) for split in SPLITS)
+    subjects = {split: subjects_of(splits[split], args.group_regex) for split in SPLITS}
+    if subjects["train"] is not None:
+        subjects = (len(np.unique(numbers)) for numbers in subjects.values())
         print(f"{'subjects':>16} {' '.join(f'{number:7d}' for number in subjects)}")
 
 
@@ -251,10 +275,23 @@ def find_images(
     -> ({split: ImageIndex}, how many other images the folders contain). Raises UserError as `restore_split` does.
     """
     folders = data_folders(flags)
-    index = index_folders(folders, checkpoint["classes"], "--data_dirs / --val_dirs / --test_dirs")
+    index = index_of_checkpoint(checkpoint, flags)
     paths, sizes = ({split: checkpoint[key][split] for split in names} for key in ("splits", "file_sizes"))
     splits = restore_split(index, paths, sizes, folders, data_folders(checkpoint["args"]))
+    splits = with_table(splits, checkpoint)
     return splits, len(index) - sum(map(len, splits.values()))
+
+
+def index_of_checkpoint(
+    checkpoint: dict[str, Any], flags: dict[str, Any], flag: str = ALL_FOLDERS, allow_missing: bool = False
+) -> ImageIndex:
+    """The images in the folders of `flags`. If the labels were those of a table, `with_table` adds them."""
+    folders, classes = data_folders(flags), checkpoint["classes"]
+    if checkpoint["table"]:
+        paths = photographs_below(folders, flag)
+        return ImageIndex(paths, np.zeros(len(paths), np.int64), classes)
+    names = ClassNames(flags.get("merge"), flags.get("drop"))
+    return index_folders(folders, classes, flag, allow_missing, names)
 
 
 def restore_split(

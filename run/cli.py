@@ -346,6 +346,14 @@ def regex(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from error
 
 
+def class_merge(text: str) -> str:
+    """An argparse type: classes that become one, as A,B=NAME."""
+    names, equals, merged = text.rpartition("=")
+    if not (equals and merged.strip() and all(name.strip() for name in names.split(","))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A,B=NAME")
+    return text
+
+
 def boolean(text: str) -> bool:
     """An argparse type: true or false."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):

@@ -248,6 +248,9 @@ def write_history(path: str | Path, history: Iterable[Mapping]) -> None:
     write_csv(path, HISTORY_COLUMNS, history)
 
 
+PREDICTION_COLUMNS = ("path", "label", "prediction", "correct")  # then one for the probability of each class
+
+
 def probability_columns(classes: Sequence[str]) -> list[str]:
     """-> the column of each class in a file of predictions."""
     return [f"prob_{name}" for name in classes]
@@ -259,16 +262,24 @@ def decimal(value: float) -> str:
 
 
 def write_predictions(
-    path: str | Path, image_paths: Iterable[str], targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+    path: str | Path,
+    image_paths: Iterable[str],
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    columns: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """One row per image. image_paths: N; targets: (N,) int; probabilities: (N, C) float; classes: C names."""
+    """One row per image. image_paths: N; targets: (N,) int; probabilities: (N, C) float; classes: C names; columns:
+    {name: N cells} that are written behind the others."""
+    columns = columns or {}
     predictions = np.argmax(probabilities, axis=1)
     with atomic_write(path) as file:
         writer = csv_writer(file)
-        writer.writerow(["path", "label", "prediction", "correct", *probability_columns(classes)])
-        for image_path, target, prediction, row in zip(image_paths, targets, predictions, probabilities, strict=True):
+        writer.writerow([*PREDICTION_COLUMNS, *probability_columns(classes), *columns])
+        rows = zip(image_paths, targets, predictions, probabilities, *columns.values(), strict=True)
+        for image_path, target, prediction, row, *cells in rows:
             correct = int(target == prediction)
-            writer.writerow([image_path, classes[target], classes[prediction], correct, *map(decimal, row)])
+            writer.writerow([image_path, classes[target], classes[prediction], correct, *map(decimal, row), *cells])
 
 
 def read_predictions(path: str | Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -290,3 +301,14 @@ def read_predictions(path: str | Path, classes: Sequence[str]) -> tuple[np.ndarr
         except (ValueError, KeyError, IndexError, csv.Error) as error:
             raise UserError(f"{path} is damaged, or not of the classes in results.json; restore it") from error
     return np.array(paths, object), np.array(targets, int), np.array(probabilities).reshape(-1, len(classes))
+
+
+def read_column(path: str | Path, name: str) -> list[str]:
+    """-> the cells of a column of a file of `write_predictions`. Raises UserError if it has no such column."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file)
+        try:
+            column = next(rows, []).index(name)
+            return [row[column] for row in rows]
+        except (ValueError, IndexError, csv.Error) as error:
+            raise UserError(f"{path} is damaged: it has no column {name!r}; restore it") from error

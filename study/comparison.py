@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evaluation import adjust
-from images.leakage import subject_names
 from metrics import INTERVAL, Bootstrap, confusion_metrics, format_with_interval
 from plots import save_figure
 from run.cli import UserError
 from run.files import atomic_write, read_json, read_predictions, write_csv
 from study.ablation import MethodRun
+from study.out_of_fold import tested_subjects
 
 POSTHOC = "{}, post-hoc logit adjustment"  # of the baseline: a row of the table without a training of its own
 RESAMPLES, CHUNK = 2000, 100
@@ -33,7 +33,7 @@ class EvaluatedRun:
     paths: list[str]  # N
     targets: np.ndarray  # (N,) int
     predictions: dict[str, np.ndarray]  # {"raw", "posthoc"}, each (N,) int
-    subjects: list[str]  # N names, or empty without --group_regex
+    subjects: list[str]  # N names, or empty without subjects
 
 
 def read_run(run: MethodRun) -> EvaluatedRun:
@@ -43,7 +43,7 @@ def read_run(run: MethodRun) -> EvaluatedRun:
     adjusted = adjust(probabilities, results["samples_per_cls"], **fitted)
     predictions = {"raw": probabilities.argmax(axis=1), "posthoc": adjusted.argmax(axis=1)}
     pattern = read_json(run.folder / "args.json")["group_regex"]
-    subjects = subject_names(paths, pattern) if pattern else []
+    subjects = tested_subjects(run.folder, results, pattern, paths)
     return EvaluatedRun(run, results, paths.tolist(), targets, predictions, subjects)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from charts import Curve, line_chart
+from images.leakage import has_subjects
 from metrics import format_with_interval
 from pages import text_of, write_page
 from run.cli import UserError
@@ -192,5 +193,5 @@ def _difference_table(groups: Sequence[RunGroup], paired: PairedComparison):
         **_bounded({"heads": heads, "rows": rows}),
         "baseline": titles[id(paired.baseline)],
         "other_images": [titles[id(group)] for group in paired.left_out[:MAX_ROWS]],
-        "has_subjects": any(run.args.get("group_regex") for run in paired.baseline.runs),
+        "has_subjects": any(has_subjects(run.args, run.results) for run in paired.baseline.runs),
     }

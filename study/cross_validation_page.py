@@ -9,6 +9,7 @@ from charts import confusion_chart, interval_bar
 from flag_queries import is_ordinal
 from gallery import data_uris
 from images.decode import limit_image_size
+from images.leakage import has_subjects
 from metrics import format_with_interval
 from pages import REPORT_FILE, write_page
 from run.cli import attempt
@@ -52,7 +53,7 @@ def _write_page(folder, records, finished, images, doubtful):
         title=folder.resolve().name,
         num_folds=args.get("folds") or len(records),
         num_finished=len(finished),
-        has_subjects=bool(args.get("group_regex")),
+        has_subjects=has_subjects(args, finished[0].results),
         names=NAMES,
         pooled=pooled,
         format=format_with_interval,

@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluation import print_metrics
 from flag_checks import parse_flags
 from flag_queries import is_neutral, is_ordinal
-from images.folders import index_folders
+from images.splits import index_data
 from resume import run_folder
 from run.cli import UserError
 from run.files import read_json, write_json
@@ -68,7 +68,7 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
 
 def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     """Raise UserError if the folds were started with other flags or images; `path` keeps those of the first time."""
-    index = None if args.demo else index_folders(args.data_dirs)
+    index = None if args.demo else index_data(args)
     images = index and dict(zip(index.classes, index.counts().tolist(), strict=True))
     current = {"flags": vars(args), "images": images}
     previous = read_json(path) if path.exists() else current

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 
+from data_flags import FOLDER_FLAGS, LABEL_FLAGS
 from flag_checks import parse_flags
 from flag_queries import flag_of
 from run.cli import UserError
@@ -23,7 +24,7 @@ GRID = {
 }
 # flags of main.py that are not passed on, and those that are the same for all methods of a grid
 NOT_PASSED_ON = RESERVED_FLAGS | {"seed", "wandb_mode", "config", "patience"}
-SAME_FOR_ALL = {"seed", "epochs", "data_dirs", "val_dirs", "test_dirs", "split", "group_regex", "skip_broken"}
+SAME_FOR_ALL = {"seed", "epochs", *FOLDER_FLAGS, *LABEL_FLAGS, "split", "group_regex", "skip_broken"}
 
 
 def read_grid(path: str | None) -> dict[str, str]:

@@ -15,9 +15,10 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
+from data_flags import PATH_FLAGS
 from flag_checks import with_config
 from flag_queries import flag_of, is_neutral
-from flags import BEST_METRICS, FOLDER_FLAGS
+from flags import BEST_METRICS
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
 from run.files import read_rows, valid_text
@@ -139,9 +140,9 @@ class Search:
         """What makes the trials of a study comparable, as the study keeps it."""
         flags, defaults = vars(self.constants), vars(build_main_parser().parse_args([]))
         # machines that share a storage may have the images in different folders
-        ignored = FOLDER_FLAGS if self.args.storage else ()
+        ignored = PATH_FLAGS if self.args.storage else ()
         changed = {k: v for k, v in flags.items() if v != defaults[k] and not is_neutral(k) and k not in ignored}
-        for name in changed.keys() & set(FOLDER_FLAGS):
+        for name in changed.keys() & set(PATH_FLAGS):
             changed[name] = [os.path.abspath(folder) for folder in changed[name]]
         return {**{key: self.config.content.get(key) for key in ("parameters", "metric", "method")}, "flags": changed}
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from images.leakage import subject_names
 from run.cli import UserError
 from run.files import read_predictions
 from study.ablation import MethodRun
 from study.comparison import EvaluatedRun, compare_predictions, correct_p_values
+from study.out_of_fold import tested_subjects
 from study.run_records import RunGroup, RunRecord
 
 
@@ -83,13 +83,13 @@ def read_evaluated(run: RunRecord, known_images: list[tuple[list[str], np.ndarra
     """
     paths, targets, probabilities = read_predictions(run.folder / "test_predictions.csv", run.classes())
     order = np.argsort(paths, kind="stable")
+    subjects = np.array(tested_subjects(run.folder, run.results, run.args.get("group_regex"), paths), object)
+    subjects = subjects[order].tolist() if len(subjects) else []
     paths, targets, predictions = paths[order].tolist(), targets[order], probabilities.argmax(axis=1)[order]
     same = next((known for known in known_images if known[0] == paths and np.array_equal(known[1], targets)), None)
     if same is None:
         same = paths, targets
         known_images.append(same)
-    pattern = run.args.get("group_regex")
-    subjects = subject_names(paths, pattern) if pattern else []
     trained = MethodRun("", run.args.get("seed"), [], run.folder)
     return EvaluatedRun(trained, {**run.results, "fold": run.args.get("fold")}, *same, {"raw": predictions}, subjects)
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flag_queries import data_folders
 from flags import SPLITS
 from images.decode import limit_image_size
-from images.folders import ImageIndex, index_folders
+from images.folders import ImageIndex
+from images.splits import index_of_checkpoint
+from images.table_state import with_table
 from inference import load
 from model import load_checkpoint
 from pages import REPORT_FILE, write_report
@@ -40,9 +41,10 @@ def _checkpoint_path(run):
 
 def _find_images(checkpoint: dict, names: Sequence[str]) -> dict[str, ImageIndex]:
     """The splits in their order, without the cache. Raises UserError if an image is not where it was."""
-    index = index_folders(data_folders(checkpoint["args"]), checkpoint["classes"], "--data_dirs", allow_missing=True)
+    index = index_of_checkpoint(checkpoint, checkpoint["args"], "--data_dirs", allow_missing=True)
     position = {path: i for i, path in enumerate(index.paths)}
     paths_of = {split: checkpoint["splits"][split] for split in names}
     if gone := [path for paths in paths_of.values() for path in paths if path not in position]:
         raise UserError(f"{gone[0]} does not exist" + (f", nor do {len(gone) - 1} others" if gone[1:] else ""))
-    return {split: index.subset([position[path] for path in paths]) for split, paths in paths_of.items()}
+    splits = {split: index.subset([position[path] for path in paths]) for split, paths in paths_of.items()}
+    return with_table(splits, checkpoint)

@@ -18,12 +18,13 @@ LAYERS = (
     ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),
-    ("dataset_double", "model", "tracking", "calibration", "averaging", "parallel"),
+    ("dataset_double", "model", "tracking", "calibration", "averaging", "parallel", "subgroups"),
     ("flag_checks",),
     ("images",),
     ("metrics", "utils", "resnet_custom", "plots", "charts"),
     ("flag_queries",),
     ("flags",),
+    ("data_flags",),
     ("run",),
 )
 COMMANDS = LAYERS[0]

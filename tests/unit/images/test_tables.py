@@ -90,7 +90,7 @@ def test_what_is_not_a_table_is_refused(tmp_path, name):
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match="--labels: .*none.csv cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"--labels: .*none.csv cannot be read: No such file"):
         read_tables([tmp_path / "none.csv"])
 
 

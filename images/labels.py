@@ -1,0 +1,371 @@
+"""A table of labels becomes an index: columns are chosen, images are found by their names below folders."""
+
+import argparse
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flags import SPLITS
+from images.classes import ClassNames
+from images.folders import ImageIndex, Paths, images_below, natural_key, print_left_out, warn_of_similar_names
+from images.formats import HEIF_EXTENSIONS
+from images.layout import SPLIT_NAMES, enumerated
+from images.tables import FLAG, Table, read_tables
+from run.cli import UserError
+from run.files import PREDICTION_COLUMNS, printable
+from run.folder import check_is_folder
+
+# what a column is called when no flag names it, in any case
+IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "filename", "file", "path")
+LABEL_COLUMNS = ("label", "dx", "diagnosis", "diagnostic", "grade", "class")
+SUBJECT_COLUMNS = ("patient_id", "person_id", "subject_id", "lesion_id")  # the first one counts
+SPLIT_COLUMNS = ("split", "set")
+ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True}
+SHOWN_IMAGES = 5  # in a message
+MISSING, AMBIGUOUS = -1, -2
+
+
+@dataclass
+class Columns:
+    """Which columns of a table mean what. labels: one, or several with 0 and 1, one per class."""
+
+    image: str
+    labels: list[str]
+    subject: str | None = None
+    split: str | None = None
+
+
+def index_table(
+    args: argparse.Namespace, folders: Sequence[str], flag: str, classes: list[str] | None = None
+) -> tuple[ImageIndex, np.ndarray | None]:
+    """The images that the tables of `--labels` name, found below `folders`, with their labels, in the order of rows.
+
+    args: flags of main.py; flag: the one of `folders`; classes: the only ones allowed (those of a checkpoint), or None
+    -> (index, the split of each image (N,), positions in SPLITS, or None without a column of splits). All columns but
+    those of images, labels and splits are kept in the index. Raises UserError.
+    """
+    table = read_tables(args.labels)
+    columns = choose_columns(table, args)
+    names, labels = ClassNames(args.merge, args.drop), _labels(table, columns)
+    if classes is None:
+        names.check(labels)
+    new_name = {label: names.of(label) for label in set(labels)}
+    rows = np.flatnonzero([new_name[label] is not None for label in labels])
+    if not rows.size:
+        raise UserError(f"--drop: no row of {_files(args)} is left; its classes are {enumerated(sorted(set(labels)))}")
+    empty = [i for i in rows.tolist() if not labels[i]]
+    if empty:
+        raise UserError(
+            f"{FLAG}: {len(empty)} of {len(labels)} rows have no label ({table.places(empty)}); fill them in, or leave "
+            "them out with --drop ''"
+        )
+    targets, classes = _targets([new_name[labels[i]] for i in rows.tolist()], classes, table, rows)
+    splits = _splits(table, columns.split, rows)
+    paths = photographs_below(folders, flag)
+    cells = table.columns[columns.image]
+    matched, twins = match_names(cells, paths, folders)
+    found = matched[rows]
+    for row in rows[found == AMBIGUOUS][:1].tolist():
+        first, second = (paths[i] for i in twins[row])
+        raise UserError(
+            f"{FLAG}: {cells[row]!r} ({table.place(row)}) is the name of {first} and of {second}; rename one of them, "
+            "or write their folders into the table"
+        )
+    _refuse_missing([cells[i] for i in rows[found == MISSING].tolist()], len(rows), folders, args.skip_broken, flag)
+    kept = np.flatnonzero(found >= 0)
+    kept = kept[_first_rows(table, columns, paths, rows[kept], found[kept], targets[kept], classes)]
+    print_unnamed(len(paths) - len(np.unique(matched[matched >= 0])), folders)
+    own = {columns.image, columns.split, *columns.labels}
+    chosen = rows[kept].tolist()
+    kept_columns = {
+        _safe_name(name): Paths(cells[i] for i in chosen) for name, cells in table.columns.items() if name not in own
+    }
+    subject = columns.subject and _safe_name(columns.subject)
+    index = ImageIndex(paths[found[kept]], targets[kept], classes, columns=kept_columns, subject_column=subject)
+    return index, None if splits is None else splits[kept]
+
+
+# ----------------------------------------------------------------------------------------------------------- columns
+
+
+def choose_columns(table: Table, args: argparse.Namespace) -> Columns:
+    """The columns that the flags name; the others are guessed by their names, and printed. Raises UserError."""
+    guessed = {}
+
+    def choose(flag, known, is_required=True):
+        name = getattr(args, flag, None)
+        if name is not None:
+            if name:
+                table.require(name, f"--{flag}")
+            return name or None
+        found = [name for name in table.columns if name.casefold() in known]
+        if len(found) > 1:
+            raise UserError(f"--{flag}: {_files(args)} has {_quoted(found)}; name the one to use")
+        if found:
+            table.require(found[0], f"--{flag}")
+            guessed[flag] = found[0]
+        elif is_required:
+            raise UserError(
+                f"--{flag}: none of the columns of {_files(args)} ({table.listed_columns()}) is called "
+                f"{' or '.join(known)}; name the one to use"
+            )
+        return found[0] if found else None
+
+    image = choose("image_column", IMAGE_COLUMNS)
+    subject = args.subject_column or None
+    if subject:
+        table.require(subject, "--subject_column")
+    elif args.subject_column is None and args.group_regex is None:
+        by_name = {name.casefold(): name for name in reversed(table.columns)}
+        subject = next((by_name[name] for name in SUBJECT_COLUMNS if name in by_name), None)
+        if subject:
+            table.require(subject, "--subject_column")
+            guessed["subject_column"] = subject
+    split = getattr(args, "split_column", None)
+    if split:
+        table.require(split, "--split_column")
+    elif split is None and not args.folds and not args.eval_only:
+        found = [name for name in table.columns if name.casefold() in SPLIT_COLUMNS]
+        found = [name for name in found if _are_splits(table.columns[name])]
+        if len(found) > 1:
+            raise UserError(f"--split_column: {_files(args)} has {_quoted(found)}; name the one to use")
+        if found:
+            table.require(found[0], "--split_column")
+            split = guessed["split_column"] = found[0]
+    labels = list(args.label_column or ())
+    for name in labels:
+        table.require(name, "--label_column")
+    if not labels:
+        label = choose("label_column", LABEL_COLUMNS, is_required=False)
+        others = [name for name in table.columns if name not in (image, subject, split)]
+        labels = [label] if label else [name for name in others if ONE_HOT.keys() >= set(table.columns[name])]
+        if not label and len(labels) < 2:
+            raise UserError(
+                f"--label_column: none of the columns of {_files(args)} ({table.listed_columns()}) is called "
+                f"{' or '.join(LABEL_COLUMNS)}, and there are no columns of 0 and 1; name the one to use"
+            )
+        if not label:
+            guessed["label_column"] = " ".join(labels)
+    if guessed:
+        listed = ", ".join(f"--{flag} {printable(name)}" for flag, name in guessed.items())
+        print(f"{FLAG}: columns guessed by their names: {listed}")
+    return Columns(image, labels, subject, split or None)
+
+
+def _quoted(names):
+    return " and ".join(f"{printable(name)!r}" for name in names)
+
+
+def _files(args):
+    return " ".join(map(printable, args.labels))
+
+
+def _safe_name(name):
+    """The name of a column in a file of predictions, which has columns of its own."""
+    return f"table_{name}" if name in PREDICTION_COLUMNS or name.startswith("prob_") else name
+
+
+def _labels(table, columns):
+    """-> N labels in composed form (NFC), "" where there is none"""
+    if len(columns.labels) == 1:
+        known = {}
+        cells = table.columns[columns.labels[0]]
+        return [known.get(cell) or known.setdefault(cell, unicodedata.normalize("NFC", cell)) for cell in cells]
+    values = np.empty((len(table), len(columns.labels)), bool)
+    for c, name in enumerate(columns.labels):
+        cells = table.columns[name]
+        if wrong := [i for i, cell in enumerate(cells) if cell not in ONE_HOT]:
+            raise UserError(f"--label_column: {cells[wrong[0]]!r} in {name!r} ({table.place(wrong[0])}) is not 0 or 1")
+        values[:, c] = [ONE_HOT[cell] for cell in cells]
+    wrong = np.flatnonzero(values.sum(axis=1) > 1)
+    if wrong.size:
+        several = [name for name, value in zip(columns.labels, values[wrong[0]], strict=True) if value]
+        raise UserError(
+            f"--label_column: {table.place(wrong[0])} has a 1 in {_quoted(several)}; a row has one class: name the "
+            "columns of the classes"
+        )
+    names = np.array([*map(printable, columns.labels), ""], object)
+    return names[np.where(values.any(axis=1), values.argmax(axis=1), -1)].tolist()
+
+
+def _targets(labels, classes, table, rows):
+    """-> (targets (n,) int64, classes). Raises UserError for a label that is not one of `classes`, if given."""
+    found = sorted(set(labels), key=natural_key)
+    if classes is None:
+        if len(found) < 2:
+            raise UserError(f"{FLAG}: found only one class, {found[0]!r}; a classifier needs two")
+        warn_of_similar_names(found, FLAG)
+        classes = found
+    elif unknown := [name for name in found if name not in classes]:
+        row = rows[labels.index(unknown[0])]
+        raise UserError(
+            f"{FLAG}: class {unknown[0]!r} ({table.place(row)}) is not one of the classes {', '.join(classes)}; leave "
+            "it out with --drop, or merge it with --merge"
+        )
+    position = {name: i for i, name in enumerate(classes)}
+    return np.array([position[label] for label in labels], np.int64), list(classes)
+
+
+def _are_splits(cells):
+    return {cell.casefold() for cell in set(cells)} <= SPLIT_NAMES.keys()
+
+
+def _splits(table, column, rows):
+    """-> (n,) int8, positions in SPLITS, or None. Raises UserError for another value."""
+    if column is None:
+        return None
+    cells = table.columns[column]
+    number = {cell: SPLITS.index(SPLIT_NAMES[low]) for cell in set(cells) if (low := cell.casefold()) in SPLIT_NAMES}
+    for i in rows.tolist():
+        if cells[i] not in number:
+            raise UserError(
+                f"--split_column: {cells[i]!r} in {column!r} ({table.place(i)}) is not train, val or test; fix it, or "
+                "omit the column with --split_column ''"
+            )
+    return np.array([number[cells[i]] for i in rows.tolist()], np.int8)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def photographs_below(folders: Sequence[str], flag: str) -> Paths:
+    """The images below `folders` at any depth, in a fixed order. Raises UserError, naming `flag`, if there are none."""
+    found, skipped, unread, passed_over = [], Counter(), Counter(), Counter()
+    for folder in folders:
+        check_is_folder(folder, flag)
+        images, others, _ = images_below(folder, flag, passed_over)
+        unread[str(folder)] += sum(others.pop(extension, 0) for extension in HEIF_EXTENSIONS)
+        found += images
+        skipped.update(others)
+    print_left_out(passed_over, skipped, flag, unread)
+    if not found:
+        raise UserError(f"{flag}: no images in {' '.join(map(str, folders))}")
+    return Paths(found)
+
+
+def match_names(
+    cells: Sequence[str], paths: Sequence[str], folders: Sequence[str]
+) -> tuple[np.ndarray, dict[int, tuple[int, int]]]:
+    """Find images by their names in a table: with or without extension, with or without folders, in this case.
+
+    -> (positions in `paths` (N,) int64, MISSING or AMBIGUOUS, {row that is ambiguous: the first two images}). The name
+    of an image alone is enough if only one image has it. If the cell has folders, they must be those of the image.
+    """
+    paths = list(paths)
+    by_name, twins = _by_name(paths, _name)
+    stems, stem_twins = None, None
+    found, ambiguous = np.full(len(cells), MISSING, np.int64), {}
+    for row, cell in enumerate(cells):
+        cell = cell if cell.isascii() else unicodedata.normalize("NFC", cell)
+        cell = cell.replace("\\", "/") if "\\" in cell else cell
+        name = cell.rpartition("/")[2]
+        position, same = by_name.get(name, MISSING), twins.get(name)
+        has_extension = position >= 0
+        if not has_extension and name:
+            if stems is None:
+                stems, stem_twins = _by_name(paths, lambda path: os.path.splitext(_name(path))[0])
+            position, same = stems.get(name, MISSING), stem_twins.get(name)
+        if position >= 0 and (same or name != cell):
+            same = same or [position]
+            if name != cell:
+                fits = [_fit(paths[i], cell, folders, has_extension) for i in same]
+                same = [i for i, fit in zip(same, fits, strict=True) if fit[0] and fit == max(fits)]
+            if len(same) > 1:
+                ambiguous[row] = same[0], same[1]
+            position = AMBIGUOUS if len(same) > 1 else same[0] if same else MISSING
+        found[row] = position
+    return found, ambiguous
+
+
+def _name(path):
+    name = path.rpartition(os.sep)[2]
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _by_name(paths, name_of):
+    """-> ({name: the first image}, {name: all images, if there are several})"""
+    first, several = {}, {}
+    for i, path in enumerate(paths):
+        name = name_of(path)
+        other = first.setdefault(name, i)
+        if other != i:
+            several.setdefault(name, [other]).append(i)
+    return first, several
+
+
+def _fit(path, cell, folders, has_extension):
+    """How well a path in the table fits an image, the higher the better; (0, 0): not at all.
+
+    It is the path of the image below its data folder, or its end, or it ends with that, as on another computer.
+    """
+    inside = [os.path.relpath(path, folder) for folder in folders if path.startswith(os.path.join(folder, ""))]
+    path, inside = (text.replace(os.sep, "/") for text in (path, min(inside, key=len) if inside else path))
+    path, inside = (unicodedata.normalize("NFC", text) for text in (path, inside))
+    if not has_extension:
+        path, inside = os.path.splitext(path)[0], os.path.splitext(inside)[0]
+    cell = cell.removeprefix("./").lstrip("/")
+    if f"/{path}".endswith(f"/{cell}"):
+        return 3 if inside == cell else 2, 0
+    return (1, len(inside)) if f"/{cell}".endswith(f"/{inside}") else (0, 0)
+
+
+def _refuse_missing(missing, total, folders, skip_broken, flag):
+    if not missing:
+        return
+    listed = ", ".join(map(printable, missing[:SHOWN_IMAGES])) + (", ..." if len(missing) > SHOWN_IMAGES else "")
+    where = " ".join(map(printable, folders))
+    text = f"{FLAG}: {len(missing)} of {total} images are not below {where}: {listed}"
+    if len(missing) == total:
+        raise UserError(f"{text}; check --image_column and {flag}")
+    if not skip_broken:
+        raise UserError(f"{text}; add them, or go on without them with --skip_broken")
+    print(f"warning: {text}; they are left out")
+
+
+def print_unnamed(number: int, folders: Sequence[str]) -> None:
+    """Print how many photographs below `folders` no row names."""
+    if number:
+        where = " ".join(map(printable, folders))
+        print(f"{FLAG}: {number} photographs below {where} are in no row and are left out")
+
+
+def _first_rows(table, columns, paths, rows, images, targets, classes):
+    """-> positions in `rows` of the first row of each image. Raises UserError if another row says something else.
+
+    rows: (n,) of the table; images: (n,) positions in `paths`; targets: (n,) int.
+    """
+    _, first, image_of = np.unique(images, return_index=True, return_inverse=True)
+    others = np.flatnonzero(first[image_of] != np.arange(len(rows)))
+    if not others.size:
+        return np.arange(len(rows))
+    for k in others.tolist():
+        j = int(first[image_of[k]])
+        pairs = [("label", *(classes[targets[i]] for i in (j, k)))]
+        for what, name in (("subject", columns.subject), ("split", columns.split)):
+            if name:
+                pairs.append((what, *(table.columns[name][rows[i]] for i in (j, k))))
+        for what, one, other in pairs:
+            if one != other:
+                raise UserError(
+                    f"{FLAG}: {paths[images[k]]} has two {what}s: {one!r} ({table.place(rows[j])}) and {other!r} "
+                    f"({table.place(rows[k])}); delete one of the rows"
+                )
+    print(f"{FLAG}: {len(others)} of {len(rows)} rows repeat a row of the same image ({table.places(rows[others])})")
+    return np.sort(first)
+
+
+def read_labelled(args: argparse.Namespace) -> tuple[ImageIndex, dict[str, ImageIndex]]:
+    """The images of `--data_dirs` with the labels of `--labels`. -> (those to split, {split: published ones})"""
+    index, split_of = index_table(args, args.data_dirs, "--data_dirs")
+    if split_of is None:
+        return index, {}
+    parts = {split: index.subset(np.flatnonzero(split_of == i)) for i, split in enumerate(SPLITS)}
+    if not len(parts["train"]):
+        raise UserError(f"--split_column: no image of {_files(args)} is in train")
+    print(f"splits of the table: {', '.join(f'{split} {len(part)}' for split, part in parts.items() if len(part))}")
+    separate = {split: part for split, part in parts.items() if split != "train" and len(part)}
+    return parts["train"], separate
