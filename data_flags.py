@@ -84,7 +84,7 @@ def add_label_flags(group: argparse._ActionsContainer) -> None:
         "--labels",
         nargs="+",
         metavar="FILE",
-        help="tables of labels, .csv or .xlsx, one row per image [none: the folder of an image is its class]",
+        help="tables of labels, .csv or .xlsx, one row per image [none]",
     )
     add(
         "--image_column",
@@ -101,6 +101,14 @@ def add_label_flags(group: argparse._ActionsContainer) -> None:
     add(
         "--subject_column",
         metavar="NAME",
-        help="column of --labels with subjects; each subject stays in one split; '': none [guessed: patient_id, "
-        "person_id, subject_id, lesion_id]",
+        help="column of --labels with subjects; '': none [guessed: patient_id, person_id, subject_id, lesion_id]",
+    )
+
+
+def add_subgroup_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--subgroup_columns",
+        nargs="+",
+        metavar="NAME",
+        help="metrics for each value of these columns of --labels [none]",
     )

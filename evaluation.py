@@ -33,6 +33,7 @@ from run.progress import Progress
 from run.ranks import from_first, is_first
 from run.saver import BEST
 from schedule import build_loss_from_flags
+from subgroups import SUBGROUPS_FILE, all_subgroups, check_columns, print_subgroups, write_subgroups
 
 # ---------------------------------------------------------------------------------------------------- the best model
 
@@ -139,6 +140,10 @@ def evaluate_splits(
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     if splits["test"].subject_column:
         results["subject_column"] = splits["test"].subject_column
+    if args.subgroup_columns:
+        outcome = splits["test"].targets, probabilities["test"], classes, subjects["test"]
+        results["subgroups"] = all_subgroups(args.subgroup_columns, splits["test"].columns, *outcome)
+        write_subgroups(run_dir / SUBGROUPS_FILE, results["subgroups"])
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, probabilities
@@ -167,6 +172,7 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     splits = {split: splits[split] for split in SPLITS if split in splits}
     splits = read_all(splits, open_cache(args), args.skip_broken)
     warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)
+    check_columns(args.subgroup_columns, splits["test"].columns)
     for split in replaced:
         warn_of_nameless_subjects(splits[split])
     return splits
@@ -222,9 +228,14 @@ def print_results(results: dict, run_dir: str | Path) -> None:
         if name in results:
             tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
             print_metrics(f"test {about}{tau}", results[name]["test"])
-    recalls = {name: values["recall"] for name, values in results["test"]["per_class"].items() if values["support"]}
-    print(f"test recall per class: {', '.join(f'{printable(name)} {recall:.2f}' for name, recall in recalls.items())}")
+    print_recalls(results["test"], "test recall per class")
+    print_subgroups(results.get("subgroups", {}))
     print(f"results saved to {run_dir}")
+
+
+def print_recalls(metrics: dict, title: str) -> None:
+    recalls = {name: values["recall"] for name, values in metrics["per_class"].items() if values["support"]}
+    print(f"{title}: {', '.join(f'{printable(name)} {recall:.2f}' for name, recall in recalls.items())}")
 
 
 def print_metrics(title: str, metrics: dict) -> None:

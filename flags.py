@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from data_flags import add_data_flags
+from data_flags import add_data_flags, add_subgroup_flag
 from run.cli import Parser, UserError, add_switch, boolean, number
 
 DESCRIPTION = """Train a ResNet-50 to grade skin conditions from very imbalanced class folders.
@@ -45,7 +45,7 @@ DEMO_DEFAULTS = {
 # flags that do not change what a run learns; nor do those of W&B
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
-    "save_minutes", "max_megapixels",
+    "save_minutes", "max_megapixels", "subgroup_columns",
 }  # fmt: skip
 # flags that concern the process, not the run: neither a checkpoint nor a file of flags hands them on
 NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
@@ -267,6 +267,7 @@ def _add_schedule_flags(group):
 def _add_evaluation_flags(group):
     add_switch(group, "eval_only", False, "test the checkpoint of --resume without training")
     add_switch(group, "tta", False, "also test with the mean over each image and its mirror image")
+    add_subgroup_flag(group)
 
 
 def _add_run_flags(group):

@@ -62,6 +62,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         print_stages,
         warn_of_early_best,
     )
+    from subgroups import check_columns
     from tracking import WandbRun
 
     run_dir = Path(args.run_dir)
@@ -78,6 +79,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     splits = on_all_ranks(read, args)
     classes, samples_per_cls = splits["train"].classes, splits["train"].counts()
     print_class_table(splits, args)
+    check_columns(args.subgroup_columns, splits["test"].columns)
     if is_ordinal(args):
         print(f"order of the grades: {' < '.join(classes)}")
 

@@ -26,6 +26,8 @@ from run.cli import attempt
 from run.environment import ENVIRONMENT_FILE
 from run.files import atomic_write, printable, read_json, read_predictions, read_rows, shortened
 from run.saver import BEST
+from subgroups import METRICS as SUBGROUP_METRICS
+from subgroups import TOO_FEW
 from tracking import precision_recall_points
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -259,6 +261,7 @@ def _sections(run_dir, values, splits, probabilities, model):
         "per_class": _class_table(results),
         "matrix": confusion_chart("confusion matrix of the test", results["test"]["confusion_matrix"], classes),
         "confusions": most_confused(results["test"]["confusion_matrix"], classes),
+        "subgroups": [_subgroup_table(name, found) for name, found in results.get("subgroups", {}).items()],
         "photos": None,
     }
     if splits and probabilities:
@@ -315,6 +318,18 @@ def _class_table(results):
         cells = [_cell(metrics, column, bar=column in BAR_COLUMNS) for column in CLASS_COLUMNS]
         rows.append([shortened(name, LONGEST_NAME), training, metrics["support"], *cells])
     return {"heads": ["class", "training images", "test images", *CLASS_COLUMNS.values()], "rows": rows}
+
+
+def _subgroup_table(column, found):
+    """One row per group of a column, and the largest gap."""
+    rows = []
+    for group in found["groups"]:
+        cells = [TOO_FEW, "", ""]
+        if "acc" in group:
+            cells = [_cell(group, name, bar=name == "balanced_acc") for name in SUBGROUP_METRICS]
+        rows.append([shortened(group["value"], LONGEST_NAME), group["images"], *cells])
+    heads = ["value", "test images", *SUBGROUP_METRICS.values()]
+    return {"column": column, "heads": heads, "rows": rows, "gap": found["gap"]}
 
 
 def _cell(metrics, name, bar=False):

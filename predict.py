@@ -2,6 +2,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """Predict the classes of photographs with trained models, and say for which of them the model is uncertain."""
 
+import operator
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_flags import add_label_flags, add_subgroup_flag
 from run.cli import Parser, PathsAction, UserError, end_process, number, progress_bar, run_command
 from run.signals import Signals, Stopped
 
@@ -20,6 +22,7 @@ DESCRIPTION = """Predict the classes of photographs with trained models.
 
 python predict.py runs/x --images photos/            the best model of a run
 python predict.py runs/cv --images a.jpg b.jpg       the mean of all folds of a cross-validation
+python predict.py runs/x --images photos/ --labels metadata.csv   also the metrics
 """
 MAX_LISTED = 20  # classes, in a line
 
@@ -43,6 +46,9 @@ def build_parser() -> Parser:
         help="photographs, and folders of photographs [required]",
     )
     add("--output", default="predictions.csv", metavar="FILE", help="predictions are saved here [predictions.csv]")
+    add_label_flags(parser)
+    add("--drop", nargs="+", metavar="CLASS", help="rows of --labels to pass over; '': those without a label [none]")
+    add_subgroup_flag(parser)
     add("--heatmaps", metavar="DIR", help="save a heat map of each photograph to this folder [none]")
     add(
         "--overwrite",
@@ -73,6 +79,12 @@ def run(argv: list[str]) -> int:
     from images.photographs import find_photographs
 
     refuse_existing(Path(args.output), args.overwrite)
+    if args.labels is None:
+        for name in ("image_column", "label_column", "subject_column", "drop", "subgroup_columns"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: name the table with --labels FILE")
+    if args.subgroup_columns and subgroups_file(args.output).exists() and not args.overwrite:
+        raise UserError(f"--subgroup_columns: {subgroups_file(args.output)} already exists; add --overwrite")
     if args.heatmaps:
         refuse_folder(Path(args.heatmaps), args.images, args.overwrite)
     with Signals() as signals:
@@ -90,7 +102,9 @@ def run(argv: list[str]) -> int:
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
         torch.backends.cudnn.deterministic = True
         checkpoints = find_checkpoints(args.models)
-        refuse_input(args.output, [*checkpoints, *paths], "--output")
+        refuse_input(args.output, [*checkpoints, *paths, *(args.labels or [])], "--output")
+        if args.subgroup_columns:
+            refuse_input(subgroups_file(args.output), [*paths, *args.labels], "--subgroup_columns")
         grader = load(checkpoints, args.device, tta=args.tta, coverage=args.coverage, adjusted=args.adjusted)
         return predict(grader, paths, args, signals)
 
@@ -108,6 +122,11 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     for path, kind in ((output, "already exists"), (part_of(output), "has the rows of an interrupted prediction")):
         if path.exists() and not overwrite:
             raise UserError(f"--output: {path} {kind}; name another file, or add --overwrite to replace it")
+
+
+def subgroups_file(output: str) -> Path:
+    """-> the file of `--subgroup_columns` beside the predictions."""
+    return Path(output).with_name(f"{Path(output).stem}_subgroups.csv")
 
 
 def refuse_folder(folder: Path, images: Sequence[str], overwrite: bool) -> None:
@@ -142,12 +161,16 @@ def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals)
             f"warning: {num_trained} of the {len(paths)} photographs have the name and size of images that the model "
             "was trained on: the predictions for them are too good"
         )
+    truth = Truth(args, grader, paths) if args.labels else None
     summary = Summary(grader)
-    with RowFile(args.output, grader.columns, "--output") as rows:
+    with RowFile(args.output, grader.columns + (truth.columns if truth else []), "--output") as rows:
         try:
             with signals.deferred(), progress_bar(None, "photographs", "photo", len(paths)) as bar:
                 for batch in grader.batches(paths):
-                    rows.write(map(grader.row, batch.predictions))
+                    cells = map(grader.row, batch.predictions)
+                    if truth:
+                        cells = map(operator.add, cells, map(truth.cells, batch.predictions))
+                    rows.write(cells)
                     summary.add(batch.predictions)
                     if heat_maps:
                         heat_maps.add(batch.images, batch.predictions)
@@ -160,7 +183,72 @@ def predict(grader: "Grader", paths: "Paths", args: Namespace, signals: Signals)
         except UserError as error:
             raise UserError(f"{error}{rows.kept}") from error
     status = summary.print(args.output)
+    if truth:
+        truth.print()
     return max(status, heat_maps.print()) if heat_maps else status
+
+
+class Truth:
+    """What the tables of `--labels` say of the photographs, and how the predictions compare with it."""
+
+    def __init__(self, args: Namespace, grader: "Grader", paths: "Paths"):
+        import os
+
+        from images.labels import index_table
+        from subgroups import check_columns
+
+        self.args, self.grader = args, grader
+        trained = grader.models[0].args
+        flags = Namespace(
+            **vars(args)
+            | {"merge": trained.merge, "drop": args.drop or trained.drop, "split_column": "", "group_regex": None}
+            | {"skip_broken": True}  # a table may have more images than are predicted
+        )
+        folders = dict.fromkeys(path if os.path.isdir(path) else os.path.dirname(path) or "." for path in args.images)
+        self.index, _ = index_table(flags, list(folders), "--images", grader.classes, paths)
+        check_columns(args.subgroup_columns, self.index.columns)
+        self._position = {path: i for i, path in enumerate(self.index.paths)}
+        self._found, self._probabilities = [], []
+        self.columns = ["label", "correct"]
+        self.columns += [f"table_{name}" if name in grader.columns else name for name in self.index.columns]
+
+    def cells(self, prediction: "Prediction") -> list[str | int]:
+        """-> the cells of a photograph in `columns`, empty ones if no row names it. What is predicted is counted."""
+        i = self._position.get(prediction.path)
+        if i is None:
+            return [""] * len(self.columns)
+        label = self.grader.classes[self.index.targets[i]]
+        if prediction.error is None:
+            self._found.append(i)
+            self._probabilities.append(prediction.probabilities)
+        correct = "" if prediction.error is not None else int(prediction.prediction == label)
+        return [label, correct, *(cells[i] for cells in self.index.columns.values())]
+
+    def print(self) -> None:
+        """Print the metrics, and write those of the subgroups."""
+        import numpy as np
+
+        from evaluation import print_metrics, print_recalls
+        from images.leakage import subjects_of, warn_of_nameless_subjects
+        from metrics import full_metrics
+        from subgroups import all_subgroups, print_subgroups, write_subgroups
+
+        if not self._found:
+            print("no photograph with a label was predicted")
+            return
+        index, probabilities = self.index.subset(self._found), np.stack(self._probabilities)
+        warn_of_nameless_subjects(index)
+        outcome = index.targets, probabilities, self.grader.classes
+        subjects = subjects_of(index, None)
+        counts = self.grader.models[0].checkpoint["samples_per_cls"]
+        metrics = full_metrics(*outcome, counts, self.grader.is_ordinal, subjects)
+        print_metrics(f"{len(index)} photographs with a label", metrics)
+        print_recalls(metrics, "recall per class")
+        if self.args.subgroup_columns:
+            found = all_subgroups(self.args.subgroup_columns, index.columns, *outcome, subjects)
+            print_subgroups(found)
+            write_subgroups(subgroups_file(self.args.output), found)
+            print(f"metrics of the subgroups saved to {subgroups_file(self.args.output)}")
 
 
 class Summary:

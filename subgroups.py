@@ -83,8 +83,8 @@ def subgroup_metrics(
 
     cells: N; targets: (N,) int; probabilities: (N, C); subjects: (N,) int or None. The bootstrap is stratified by class
     and group. -> {"groups": [{"value", "images", and unless there are fewer than MIN_IMAGES: balanced_acc, macro_f1,
-    acc, each with `_ci`}], "gap": None, or {"high", "low": the two groups, "value": balanced accuracy of the first minus
-    that of the second, over the classes that both have, "ci", "classes"}}. Raises UserError for too many groups.
+    acc, each with `_ci`}], "gap": None, or {"high", "low": the two groups, "value": balanced accuracy of the first
+    minus that of the second, over the classes that both have, "ci", "classes"}}. Raises UserError for too many groups.
     """
     group_of, names = groups_of(cells)
     counts = np.bincount(group_of, minlength=len(names))

@@ -40,13 +40,18 @@ class Columns:
 
 
 def index_table(
-    args: argparse.Namespace, folders: Sequence[str], flag: str, classes: list[str] | None = None
+    args: argparse.Namespace,
+    folders: Sequence[str],
+    flag: str,
+    classes: list[str] | None = None,
+    paths: Paths | None = None,
 ) -> tuple[ImageIndex, np.ndarray | None]:
     """The images that the tables of `--labels` name, found below `folders`, with their labels, in the order of rows.
 
-    args: flags of main.py; flag: the one of `folders`; classes: the only ones allowed (those of a checkpoint), or None
-    -> (index, the split of each image (N,), positions in SPLITS, or None without a column of splits). All columns but
-    those of images, labels and splits are kept in the index. Raises UserError.
+    args: flags of main.py; flag: the one of `folders`; classes: the only ones allowed (those of a checkpoint), or None;
+    paths: the images below `folders`, where known -> (index, the split of each image (N,), positions in SPLITS, or None
+    without a column of splits). All columns but those of images, labels and splits are kept in the index. Raises
+    UserError.
     """
     table = read_tables(args.labels)
     columns = choose_columns(table, args)
@@ -65,7 +70,7 @@ def index_table(
         )
     targets, classes = _targets([new_name[labels[i]] for i in rows.tolist()], classes, table, rows)
     splits = _splits(table, columns.split, rows)
-    paths = photographs_below(folders, flag)
+    paths = photographs_below(folders, flag) if paths is None else paths
     cells = table.columns[columns.image]
     matched, twins = match_names(cells, paths, folders)
     found = matched[rows]
@@ -330,7 +335,7 @@ def print_unnamed(number: int, folders: Sequence[str]) -> None:
     """Print how many photographs below `folders` no row names."""
     if number:
         where = " ".join(map(printable, folders))
-        print(f"{FLAG}: {number} photographs below {where} are in no row and are left out")
+        print(f"{FLAG}: {number} photographs below {where} are in no row of the table")
 
 
 def _first_rows(table, columns, paths, rows, images, targets, classes):

@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 from helpers import TINY_FLAGS, differences, run_main, write_images
 
+import predict
+from metrics import format_with_interval
 from model import load_checkpoint
 from run.files import read_rows
 
 FLAGS = [*TINY_FLAGS, "--amp", "off"]
 COLORS = {"dry": (200, 80, 80), "oily": (80, 200, 80), "mixed": (80, 80, 200)}
+
+
+def run_predict(*flags):
+    return predict.main([*map(str, flags), "--device", "cpu"])
 
 
 def write_photos(folder, count=16, seed=0):
@@ -220,3 +226,46 @@ def test_a_run_without_a_table_is_not_changed(finished_run):
     assert load_checkpoint(finished_run / "last_model.pth")["table"] is None
     assert list(read_rows(finished_run / "test_predictions.csv")[0])[-1] == "prob_10"
     assert not differences(finished_run, finished_run)
+
+
+def test_predictions_are_compared_with_a_table(run, data, tmp_path, thin_network, capsys):
+    folder, table = data
+    output = tmp_path / "p.csv"
+    paths = [row["path"] for row in read_rows(run[0] / "test_predictions.csv")]
+    write_images(tmp_path / "unknown", 1)
+    flags = [run[0], "--images", *paths, tmp_path / "unknown", "--labels", table, "--output", output]
+    assert run_predict(*flags, "--subgroup_columns", "성별", "age") == 0
+    out = capsys.readouterr().out
+    results = json.loads((run[0] / "results.json").read_text())["test"]
+    interval = format_with_interval(results["balanced_acc"], results["balanced_acc_ci"])
+    assert f"{len(paths)} photographs with a label: balanced accuracy {interval}" in out
+    assert "balanced accuracy by 성별: " in out and "1 photographs below" in out
+    *rows, unknown = read_rows(output)
+    trained = read_rows(run[0] / "test_predictions.csv")
+    assert [[row[name] for name in ("label", "correct", "age")] for row in rows] == [
+        [row[name] for name in ("label", "correct", "age")] for row in trained
+    ]
+    assert unknown["prediction"] and unknown["label"] == unknown["correct"] == unknown["age"] == ""
+    assert {row["column"] for row in read_rows(tmp_path / "p_subgroups.csv")} == {"성별", "age"}
+    assert run_predict(*flags, "--subgroup_columns", "sex", "--overwrite") == 2
+    assert "--subgroup_columns: there is no column 'sex' " in capsys.readouterr().err
+    assert run_predict(run[0], "--images", folder, "--output", tmp_path / "q.csv", "--label_column", "x") == 2
+    assert "--label_column: name the table with --labels" in capsys.readouterr().err
+    assert run_predict(*flags[:-2], "--output", table, "--overwrite") == 2
+    assert "is an input of this command" in capsys.readouterr().err
+
+
+def test_a_run_reports_subgroups(run, data, tmp_path, thin_network, capsys):
+    flags = ["--eval_only", "--resume", run[0] / "best_model.pth", "--subgroup_columns"]
+    assert run_main(*flags, "sex", "--run_dir", tmp_path / "no") == 2
+    assert "--subgroup_columns: there is no column 'sex' " in capsys.readouterr().err
+    folder, table = data
+    flags = ["--eval_only", "--resume", run[0] / "best_model.pth", "--test_dirs", folder, "--labels", table]
+    assert run_main(*flags, "--subgroup_columns", "성별", "age", "--run_dir", tmp_path / "eval") == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())["subgroups"]
+    assert [group["images"] for group in found["성별"]["groups"]] == [24, 24] and found["성별"]["gap"]
+    assert len(found["age"]["groups"]) == 16 and "acc" not in found["age"]["groups"][0]
+    report, card = ((tmp_path / "eval" / name).read_text("utf-8") for name in ("report.html", "MODEL_CARD.md"))
+    assert "By 성별" in report and "too few" in report and "Largest gap in balanced accuracy" in report
+    assert "Performance was measured separately by 성별 (largest gap" in card
+    assert len(read_rows(tmp_path / "eval" / "subgroups.csv")) == 3 + 16

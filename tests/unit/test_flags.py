@@ -18,7 +18,7 @@ def test_a_sweeps_way_of_writing_flags_is_understood():
 FLAGS = {
     "--data_dirs": None, "--val_dirs": None, "--test_dirs": None, "--split": [0.6, 0.2, 0.2], "--group_regex": None,
     "--labels": None, "--image_column": None, "--label_column": None, "--subject_column": None, "--split_column": None,
-    "--merge": None, "--drop": None,
+    "--merge": None, "--drop": None, "--subgroup_columns": None,
     "--folds": None, "--fold": None, "--image_size": 224, "--resize": "stretch", "--skip_broken": False,
     "--cache_dir": None, "--no_cache": False, "--max_megapixels": 200, "--demo": False, "--train_loss": "cb",
     "--beta": 0.999,

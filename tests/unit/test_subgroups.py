@@ -28,7 +28,7 @@ def test_more_than_twenty_numbers_are_cut_into_quartiles():
 
 @pytest.fixture
 def outputs():
-    """Targets and probabilities of 400 images; those of the second group are worse. -> (cells, targets, probabilities)"""
+    """Targets and probabilities of 400 images; those of the second group are worse. -> cells, targets, probabilities"""
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, 400)
     cells = np.where(np.arange(400) < 200, "light", "dark")
@@ -83,7 +83,7 @@ def test_too_many_groups_are_refused():
 
 
 def test_an_unknown_column_is_refused():
-    with pytest.raises(UserError, match="--subgroup_columns: there is no column 'sex' .*: age, tone"):
+    with pytest.raises(UserError, match=r"--subgroup_columns: there is no column 'sex' .*: age, tone"):
         check_columns(["age", "sex"], {"age": [], "tone": []})
     with pytest.raises(UserError, match="there are none without --labels"):
         check_columns(["age"], None)

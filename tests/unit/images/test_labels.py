@@ -65,7 +65,7 @@ def test_columns_that_flags_name_win_over_guesses(read, capsys):
     # columns that would have the name of one of a file of predictions
     assert list(index.columns) == ["table_path", "table_label", "lesion_id", "who"]
     out = capsys.readouterr().out
-    assert "guessed" not in out and "2 photographs below" in out and "are in no row and are left out" in out
+    assert "guessed" not in out and "2 photographs below" in out and "are in no row of the table" in out
     assert read(text, **flags | {"subject_column": ""})[0].subject_column is None
     assert read(text, **flags | {"subject_column": None})[0].subject_column == "lesion_id"
     assert read(text, **flags | {"subject_column": None, "group_regex": ""})[0].subject_column is None
