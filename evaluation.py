@@ -17,7 +17,7 @@ from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.classes import ClassNames
 from images.folders import ImageIndex, check_duplicates, index_folders
-from images.labels import index_table
+from images.labels import check_columns, index_table
 from images.leakage import num_trained_on, subjects_of, warn_of_nameless_subjects
 from images.splits import find_images, on_all_ranks, paths_by_split
 from metrics import format_with_interval, full_metrics
@@ -33,7 +33,7 @@ from run.progress import Progress
 from run.ranks import from_first, is_first
 from run.saver import BEST
 from schedule import build_loss_from_flags
-from subgroups import SUBGROUPS_FILE, all_subgroups, check_columns, print_subgroups, write_subgroups
+from subgroups import SUBGROUPS_FILE, all_subgroups, print_subgroups, write_subgroups
 
 # ---------------------------------------------------------------------------------------------------- the best model
 
@@ -172,7 +172,7 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     splits = {split: splits[split] for split in SPLITS if split in splits}
     splits = read_all(splits, open_cache(args), args.skip_broken)
     warn_of_trained_images({split: splits[split] for split in replaced}, checkpoint)
-    check_columns(args.subgroup_columns, splits["test"].columns)
+    check_columns(args.subgroup_columns, splits["test"])
     for split in replaced:
         warn_of_nameless_subjects(splits[split])
     return splits
@@ -184,13 +184,7 @@ def _index_to_test(args, split, classes):
     if not args.labels:
         names = ClassNames(args.merge, args.drop)
         return index_folders(folders, classes, flag, allow_missing=True, names=names)
-    index, split_of = index_table(args, folders, flag, classes)
-    if split_of is None:
-        return index
-    chosen = np.flatnonzero(split_of == SPLITS.index(split))
-    if not chosen.size:
-        raise UserError(f"--split_column: no row is in {split}")
-    return index.subset(chosen)
+    return index_table(args, folders, flag, classes, only=split)[0]
 
 
 def warn_of_trained_images(splits: dict[str, ImageIndex], checkpoint: dict) -> None:

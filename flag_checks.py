@@ -10,7 +10,7 @@ from flag_queries import flag_of, scaled_learning_rate
 from flags import DEMO_DEFAULTS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
-from run.folder import check_is_folder, prefixed
+from run.folder import check_is_file, check_is_folder, prefixed
 from run.ranks import num_ranks
 
 
@@ -161,8 +161,7 @@ def _check_folders(args):
         for folder in getattr(args, name) or []:
             check_is_folder(folder, f"--{name}")
     for path in args.labels or []:
-        if not os.path.isfile(path):
-            raise UserError(f"--labels: {path} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
+        check_is_file(path, "--labels")
 
 
 def _text_of(shares):

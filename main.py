@@ -42,6 +42,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from engine import RunningMetrics, build_engine
     from evaluation import evaluate_best, print_results
     from images.demo import write_demo_data
+    from images.labels import check_columns
     from images.leakage import warn_of_near_duplicates
     from images.splits import make_splits, on_all_ranks, paths_by_split, print_class_table
     from model import initial_weights
@@ -62,7 +63,6 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         print_stages,
         warn_of_early_best,
     )
-    from subgroups import check_columns
     from tracking import WandbRun
 
     run_dir = Path(args.run_dir)
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     splits = on_all_ranks(read, args)
     classes, samples_per_cls = splits["train"].classes, splits["train"].counts()
     print_class_table(splits, args)
-    check_columns(args.subgroup_columns, splits["test"].columns)
+    check_columns(args.subgroup_columns, splits["test"])
     if is_ordinal(args):
         print(f"order of the grades: {' < '.join(classes)}")
 

@@ -3,6 +3,7 @@
 """Predict the classes of photographs with trained models, and say for which of them the model is uncertain."""
 
 import operator
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -192,21 +193,18 @@ class Truth:
     """What the tables of `--labels` say of the photographs, and how the predictions compare with it."""
 
     def __init__(self, args: Namespace, grader: "Grader", paths: "Paths"):
-        import os
-
-        from images.labels import index_table
-        from subgroups import check_columns
+        from images.labels import check_columns, index_table
 
         self.args, self.grader = args, grader
         trained = grader.models[0].args
         flags = Namespace(
             **vars(args)
             | {"merge": trained.merge, "drop": args.drop or trained.drop, "split_column": "", "group_regex": None}
-            | {"skip_broken": True}  # a table may have more images than are predicted
+            | {"folds": None, "eval_only": True, "skip_broken": True}  # a table may have more images than are predicted
         )
         folders = dict.fromkeys(path if os.path.isdir(path) else os.path.dirname(path) or "." for path in args.images)
         self.index, _ = index_table(flags, list(folders), "--images", grader.classes, paths)
-        check_columns(args.subgroup_columns, self.index.columns)
+        check_columns(args.subgroup_columns, self.index)
         self._position = {path: i for i, path in enumerate(self.index.paths)}
         self._found, self._probabilities = [], []
         self.columns = ["label", "correct"]

@@ -1,5 +1,6 @@
 """Metrics of groups of test images, such as those of one skin tone, by a column of the table of labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,51 +20,35 @@ MAX_GROUPS = 50  # with metrics, of a column
 NOT_STATED, TOO_FEW = "(empty)", "too few"
 
 
-def check_columns(names: Sequence[str] | None, columns: Mapping[str, Sequence[str]] | None) -> None:
-    """Raise UserError unless `columns`, those of a table of labels, hold the `names` of `--subgroup_columns`."""
-    for name in names or ():
-        if name not in (columns or {}):
-            known = ", ".join(map(printable, columns)) if columns else "there are none without --labels"
-            raise UserError(f"--subgroup_columns: there is no column {name!r} beside those of the labels: {known}")
-
-
 def groups_of(cells: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """-> (group of each of N images (N,) int64, names of the groups), in the order of the values.
 
     More than MAX_NUMBERS different numbers become quartiles. Images with an empty cell are a group, the last one.
     """
-    values, value_of = np.unique(np.array([*cells, ""], object).astype(str), return_inverse=True)
-    value_of, is_stated = value_of[:-1], values != ""
-    numbers = _numbers(values[is_stated])
-    if numbers is None:
-        order = np.arange(len(values))
-    else:
-        key = np.full(len(values), np.inf)
-        key[is_stated] = numbers
-        if len(numbers) > MAX_NUMBERS:
-            return _quartiles(key[value_of])
-        order = np.argsort(key, kind="stable")
-    order = np.concatenate([order[is_stated[order]], np.flatnonzero(~is_stated)])
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
-    names = [value or NOT_STATED for value in values[order].tolist()]
-    return position[value_of], names if (position[value_of] == len(names) - 1).any() else names[:-1]
+    cells = list(cells)
+    values = sorted(set(cells) - {""})
+    numbers = _numbers(values)
+    if numbers and len(set(numbers.values())) > MAX_NUMBERS:
+        return _quartiles(np.array([numbers.get(cell, np.inf) for cell in cells]))
+    values = sorted(values, key=numbers.get) if numbers else values
+    values += [""] if "" in set(cells) else []
+    position = {value: i for i, value in enumerate(values)}
+    return np.array([position[cell] for cell in cells], np.int64), [value or NOT_STATED for value in values]
 
 
 def _numbers(values):
+    """-> {text: its number}; empty if one of them is not a number"""
     try:
-        numbers = values.astype(float)
+        numbers = {value: float(value) for value in values}
     except ValueError:
-        return None
-    return numbers if np.isfinite(numbers).all() else None
+        return {}
+    return numbers if all(map(math.isfinite, numbers.values())) else {}
 
 
 def _quartiles(numbers):
     """numbers: (N,), infinity where there is none -> see `groups_of`"""
-    stated = numbers[np.isfinite(numbers)]
-    edges = np.quantile(stated, (0.25, 0.5, 0.75))
-    group = np.where(np.isfinite(numbers), np.searchsorted(edges, numbers, side="left"), 4)
-    kept, group = np.unique(group, return_inverse=True)
+    edges = np.quantile(numbers[np.isfinite(numbers)], (0.25, 0.5, 0.75))
+    kept, group = np.unique(np.where(np.isfinite(numbers), np.searchsorted(edges, numbers), 4), return_inverse=True)
     names = []
     for i, quartile in enumerate(kept.tolist()):
         members = numbers[group == i]
@@ -166,7 +151,6 @@ def all_subgroups(
     found = {}
     for name in names:
         try:
-            check_columns([name], columns)
             found[name] = subgroup_metrics(columns[name], targets, probabilities, classes, subjects)
         except UserError as error:
             print(f"warning: no metrics of the subgroups of {printable(name)} ({error})")

@@ -11,9 +11,18 @@ import numpy as np
 
 from flags import SPLITS
 from images.classes import ClassNames
-from images.folders import ImageIndex, Paths, images_below, natural_key, print_left_out, warn_of_similar_names
+from images.folders import (
+    ImageIndex,
+    Paths,
+    check_duplicates,
+    images_below,
+    natural_key,
+    print_left_out,
+    warn_of_similar_names,
+)
 from images.formats import HEIF_EXTENSIONS
 from images.layout import SPLIT_NAMES, enumerated
+from images.leakage import check_subjects
 from images.tables import FLAG, Table, read_tables
 from run.cli import UserError
 from run.files import PREDICTION_COLUMNS, printable
@@ -45,13 +54,14 @@ def index_table(
     flag: str,
     classes: list[str] | None = None,
     paths: Paths | None = None,
+    only: str | None = None,
 ) -> tuple[ImageIndex, np.ndarray | None]:
     """The images that the tables of `--labels` name, found below `folders`, with their labels, in the order of rows.
 
     args: flags of main.py; flag: the one of `folders`; classes: the only ones allowed (those of a checkpoint), or None;
-    paths: the images below `folders`, where known -> (index, the split of each image (N,), positions in SPLITS, or None
-    without a column of splits). All columns but those of images, labels and splits are kept in the index. Raises
-    UserError.
+    paths: the images below `folders`, where known; only: read the rows of this split only -> (index, the split of each
+    image (N,), positions in SPLITS, or None without a column of splits). All columns but those of images, labels and
+    splits are kept in the index. Raises UserError.
     """
     table = read_tables(args.labels)
     columns = choose_columns(table, args)
@@ -62,6 +72,11 @@ def index_table(
     rows = np.flatnonzero([new_name[label] is not None for label in labels])
     if not rows.size:
         raise UserError(f"--drop: no row of {_files(args)} is left; its classes are {enumerated(sorted(set(labels)))}")
+    splits = _splits(table, columns.split, rows)
+    if only and splits is not None:
+        rows, splits = rows[splits == SPLITS.index(only)], splits[splits == SPLITS.index(only)]
+        if not rows.size:
+            raise UserError(f"--split_column: no row of {_files(args)} is in {only}")
     empty = [i for i in rows.tolist() if not labels[i]]
     if empty:
         raise UserError(
@@ -69,22 +84,11 @@ def index_table(
             "them out with --drop ''"
         )
     targets, classes = _targets([new_name[labels[i]] for i in rows.tolist()], classes, table, rows)
-    splits = _splits(table, columns.split, rows)
     paths = photographs_below(folders, flag) if paths is None else paths
-    cells = table.columns[columns.image]
-    matched, twins = match_names(cells, paths, folders)
-    found = matched[rows]
-    for row in rows[found == AMBIGUOUS][:1].tolist():
-        first, second = (paths[i] for i in twins[row])
-        raise UserError(
-            f"{FLAG}: {cells[row]!r} ({table.place(row)}) is the name of {first} and of {second}; rename one of them, "
-            "or write their folders into the table"
-        )
-    _refuse_missing([cells[i] for i in rows[found == MISSING].tolist()], len(rows), folders, args.skip_broken, flag)
+    found = _find(table, columns.image, rows, paths, folders, flag, args.skip_broken)
     kept = np.flatnonzero(found >= 0)
     kept = kept[_first_rows(table, columns, paths, rows[kept], found[kept], targets[kept], classes)]
-    print_unnamed(len(paths) - len(np.unique(matched[matched >= 0])), folders)
-    own = {columns.image, columns.split, *columns.labels}
+    own = {columns.image, columns.split, *columns.labels} - {columns.subject}
     chosen = rows[kept].tolist()
     kept_columns = {
         _safe_name(name): Paths(cells[i] for i in chosen) for name, cells in table.columns.items() if name not in own
@@ -100,65 +104,63 @@ def index_table(
 def choose_columns(table: Table, args: argparse.Namespace) -> Columns:
     """The columns that the flags name; the others are guessed by their names, and printed. Raises UserError."""
     guessed = {}
-
-    def choose(flag, known, is_required=True):
-        name = getattr(args, flag, None)
-        if name is not None:
-            if name:
-                table.require(name, f"--{flag}")
-            return name or None
-        found = [name for name in table.columns if name.casefold() in known]
-        if len(found) > 1:
-            raise UserError(f"--{flag}: {_files(args)} has {_quoted(found)}; name the one to use")
-        if found:
-            table.require(found[0], f"--{flag}")
-            guessed[flag] = found[0]
-        elif is_required:
-            raise UserError(
-                f"--{flag}: none of the columns of {_files(args)} ({table.listed_columns()}) is called "
-                f"{' or '.join(known)}; name the one to use"
-            )
-        return found[0] if found else None
-
-    image = choose("image_column", IMAGE_COLUMNS)
-    subject = args.subject_column or None
-    if subject:
-        table.require(subject, "--subject_column")
-    elif args.subject_column is None and args.group_regex is None:
-        by_name = {name.casefold(): name for name in reversed(table.columns)}
-        subject = next((by_name[name] for name in SUBJECT_COLUMNS if name in by_name), None)
-        if subject:
-            table.require(subject, "--subject_column")
-            guessed["subject_column"] = subject
-    split = getattr(args, "split_column", None)
-    if split:
-        table.require(split, "--split_column")
-    elif split is None and not args.folds and not args.eval_only:
-        found = [name for name in table.columns if name.casefold() in SPLIT_COLUMNS]
-        found = [name for name in found if _are_splits(table.columns[name])]
-        if len(found) > 1:
-            raise UserError(f"--split_column: {_files(args)} has {_quoted(found)}; name the one to use")
-        if found:
-            table.require(found[0], "--split_column")
-            split = guessed["split_column"] = found[0]
-    labels = list(args.label_column or ())
-    for name in labels:
-        table.require(name, "--label_column")
-    if not labels:
-        label = choose("label_column", LABEL_COLUMNS, is_required=False)
-        others = [name for name in table.columns if name not in (image, subject, split)]
-        labels = [label] if label else [name for name in others if ONE_HOT.keys() >= set(table.columns[name])]
-        if not label and len(labels) < 2:
-            raise UserError(
-                f"--label_column: none of the columns of {_files(args)} ({table.listed_columns()}) is called "
-                f"{' or '.join(LABEL_COLUMNS)}, and there are no columns of 0 and 1; name the one to use"
-            )
-        if not label:
-            guessed["label_column"] = " ".join(labels)
+    image = _column(table, args, "image_column", IMAGE_COLUMNS, guessed)
+    if not image:
+        raise UserError(f"--image_column: {_no_column(table, args, IMAGE_COLUMNS)}; name the one to use")
+    subject = _subject_column(table, args, guessed)
+    split = None
+    if args.split_column or not (args.folds or args.eval_only):  # which make or need no splits
+        split = _column(table, args, "split_column", SPLIT_COLUMNS, guessed, lambda name: _are_splits(table, name))
+    labels = _label_columns(table, args, guessed, (image, subject, split))
     if guessed:
         listed = ", ".join(f"--{flag} {printable(name)}" for flag, name in guessed.items())
         print(f"{FLAG}: columns guessed by their names: {listed}")
-    return Columns(image, labels, subject, split or None)
+    return Columns(image, labels, subject, split)
+
+
+def _column(table, args, flag, known, guessed, is_suitable=lambda name: True):
+    """The column that a flag names, or the only one called as one of `known`; None if there is none, or for ''."""
+    name = getattr(args, flag)
+    if name is None:
+        found = [name for name in table.columns if name.casefold() in known and is_suitable(name)]
+        if len(found) > 1:
+            raise UserError(f"--{flag}: {_files(args)} has {_quoted(found)}; name the one to use")
+        if not found:
+            return None
+        name = guessed[flag] = found[0]
+    if name:
+        table.require(name, f"--{flag}")
+    return name or None
+
+
+def _subject_column(table, args, guessed):
+    if args.subject_column is None and args.group_regex is None:
+        for known in SUBJECT_COLUMNS:
+            if name := _column(table, args, "subject_column", (known,), guessed):
+                return name
+    return _column(table, args, "subject_column", (), guessed)
+
+
+def _label_columns(table, args, guessed, others):
+    """-> the column of the labels, or one per class. others: columns that mean something else."""
+    if args.label_column:
+        for name in args.label_column:
+            table.require(name, "--label_column")
+        return list(args.label_column)
+    if name := _column(table, args, "label_column", LABEL_COLUMNS, guessed):
+        return [name]
+    names = [name for name in table.columns if name not in others and ONE_HOT.keys() >= set(table.columns[name])]
+    if len(names) < 2:
+        raise UserError(
+            f"--label_column: {_no_column(table, args, LABEL_COLUMNS)}, and there are no columns of 0 and 1; name the "
+            "one to use"
+        )
+    guessed["label_column"] = " ".join(names)
+    return names
+
+
+def _no_column(table, args, known):
+    return f"none of the columns of {_files(args)} ({table.listed_columns()}) is called {' or '.join(known)}"
 
 
 def _quoted(names):
@@ -215,8 +217,8 @@ def _targets(labels, classes, table, rows):
     return np.array([position[label] for label in labels], np.int64), list(classes)
 
 
-def _are_splits(cells):
-    return {cell.casefold() for cell in set(cells)} <= SPLIT_NAMES.keys()
+def _are_splits(table, column):
+    return {cell.casefold() for cell in set(table.columns[column])} <= SPLIT_NAMES.keys()
 
 
 def _splits(table, column, rows):
@@ -247,9 +249,32 @@ def photographs_below(folders: Sequence[str], flag: str) -> Paths:
         found += images
         skipped.update(others)
     print_left_out(passed_over, skipped, flag, unread)
+    if len(folders) > 1:  # of which one may be in another
+        check_duplicates(found, flag)
     if not found:
         raise UserError(f"{flag}: no images in {' '.join(map(str, folders))}")
     return Paths(found)
+
+
+def _find(table, column, rows, paths, folders, flag, skip_broken):
+    """-> (n,) positions in `paths` of the images of `rows`, MISSING where one is not there. Raises UserError.
+
+    Rows that are left out count as rows of their images.
+    """
+    cells = table.columns[column]
+    matched, twins = match_names(cells, paths, folders)
+    found = matched[rows]
+    for row in rows[found == AMBIGUOUS][:1].tolist():
+        first, second = (paths[i] for i in twins[row])
+        raise UserError(
+            f"{FLAG}: {cells[row]!r} ({table.place(row)}) is the name of {first} and of {second}; rename one of them, "
+            "or write their folders into the table"
+        )
+    _refuse_missing([cells[i] for i in rows[found == MISSING].tolist()], len(rows), folders, skip_broken, flag)
+    number = len(paths) - len(np.unique(matched[matched >= 0]))
+    if number:
+        print(f"{FLAG}: {number} photographs below {_names(folders)} are in no row of the table")
+    return found
 
 
 def match_names(
@@ -272,7 +297,7 @@ def match_names(
         has_extension = position >= 0
         if not has_extension and name:
             if stems is None:
-                stems, stem_twins = _by_name(paths, lambda path: os.path.splitext(_name(path))[0])
+                stems, stem_twins = _by_name(paths, _stem)
             position, same = stems.get(name, MISSING), stem_twins.get(name)
         if position >= 0 and (same or name != cell):
             same = same or [position]
@@ -289,6 +314,11 @@ def match_names(
 def _name(path):
     name = path.rpartition(os.sep)[2]
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _stem(path):
+    name = _name(path)
+    return name.rpartition(".")[0] or name
 
 
 def _by_name(paths, name_of):
@@ -322,8 +352,7 @@ def _refuse_missing(missing, total, folders, skip_broken, flag):
     if not missing:
         return
     listed = ", ".join(map(printable, missing[:SHOWN_IMAGES])) + (", ..." if len(missing) > SHOWN_IMAGES else "")
-    where = " ".join(map(printable, folders))
-    text = f"{FLAG}: {len(missing)} of {total} images are not below {where}: {listed}"
+    text = f"{FLAG}: {len(missing)} of {total} images are not below {_names(folders)}: {listed}"
     if len(missing) == total:
         raise UserError(f"{text}; check --image_column and {flag}")
     if not skip_broken:
@@ -331,11 +360,8 @@ def _refuse_missing(missing, total, folders, skip_broken, flag):
     print(f"warning: {text}; they are left out")
 
 
-def print_unnamed(number: int, folders: Sequence[str]) -> None:
-    """Print how many photographs below `folders` no row names."""
-    if number:
-        where = " ".join(map(printable, folders))
-        print(f"{FLAG}: {number} photographs below {where} are in no row of the table")
+def _names(folders):
+    return " ".join(map(printable, map(str, folders)))
 
 
 def _first_rows(table, columns, paths, rows, images, targets, classes):
@@ -363,6 +389,14 @@ def _first_rows(table, columns, paths, rows, images, targets, classes):
     return np.sort(first)
 
 
+def check_columns(names: Sequence[str] | None, index: ImageIndex) -> None:
+    """Raise UserError unless the table of the images has the columns `names` of `--subgroup_columns`."""
+    for name in names or ():
+        if name not in (index.columns or {}):
+            known = ", ".join(map(printable, index.columns)) if index.columns else "there are none without --labels"
+            raise UserError(f"--subgroup_columns: there is no column {name!r} beside those of the labels: {known}")
+
+
 def read_labelled(args: argparse.Namespace) -> tuple[ImageIndex, dict[str, ImageIndex]]:
     """The images of `--data_dirs` with the labels of `--labels`. -> (those to split, {split: published ones})"""
     index, split_of = index_table(args, args.data_dirs, "--data_dirs")
@@ -373,4 +407,6 @@ def read_labelled(args: argparse.Namespace) -> tuple[ImageIndex, dict[str, Image
         raise UserError(f"--split_column: no image of {_files(args)} is in train")
     print(f"splits of the table: {', '.join(f'{split} {len(part)}' for split, part in parts.items() if len(part))}")
     separate = {split: part for split, part in parts.items() if split != "train" and len(part)}
+    if index.subject_column:  # at once, not after all images are decoded
+        check_subjects({"train": parts["train"], **separate}, None)
     return parts["train"], separate

@@ -72,7 +72,9 @@ def subjects_of(index: ImageIndex, pattern: str | None) -> np.ndarray | None:
     """
     if index.subject_column is None:
         return subject_ids(index.paths, pattern)
-    return np.unique(_names_in_table(index), return_inverse=True)[1].astype(np.int64)
+    names = _names_in_table(index)  # an array of these would be as wide as the longest one
+    number = {name: i for i, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names], np.int64)
 
 
 def _names_in_table(index):

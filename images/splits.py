@@ -18,7 +18,7 @@ from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.classes import ClassNames
 from images.folders import ImageIndex, check_duplicates, file_stat, index_folders
-from images.labels import index_table, photographs_below, read_labelled
+from images.labels import check_columns, index_table, photographs_below, read_labelled
 from images.layout import SPLIT_NAMES
 from images.leakage import check_subjects, subjects_of, warn_of_grouped_names, warn_of_nameless_subjects
 from images.table_state import with_table
@@ -39,6 +39,7 @@ def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
     Raises UserError for class folders, images or flags of which no such splits can be made.
     """
     index, separate = read_labelled(args) if args.labels else _read_class_folders(args)
+    check_columns(args.subgroup_columns, index)
     every_path = itertools.chain(index.paths, *(source.paths for source in separate.values()))
     check_duplicates(every_path, ALL_FOLDERS)
     separate = read_all({"data": index, **separate}, open_cache(args), args.skip_broken)

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import itertools
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from run.cli import UserError, first_line
 from run.files import printable
+from run.folder import check_is_file
 
 FLAG = "--labels"
 SEPARATORS = (",", ";", "\t")
 KOREAN = "cp949"  # in which Excel of a Korean Windows saves CSV files
+SEPARATOR_LINE = re.compile(r"(sep=([,;\t]))\r?\n")  # the first line, for Excel
 LONGEST_CELL = 2**20  # characters
 BLOCK = 2**14  # rows at a time
 MAX_SHARED = 2**16  # different texts of a column
@@ -99,10 +102,11 @@ def read_tables(paths: Sequence[str | Path]) -> Table:
     """
     table = Table()
     for path in map(str, paths):
-        read = _excel_rows if path.lower().endswith(".xlsx") else _text_rows
-        records = read(path)
-        header = _header(path, next(records, []))
-        table.add(path, header, _blocks(path, header, records))
+        check_is_file(path, FLAG)
+        records = enumerate(_excel_rows(path) if path.lower().endswith(".xlsx") else _text_rows(path), start=1)
+        number, cells = next(((number, cells) for number, cells in records if any(cells)), (0, []))
+        header = _header(path, cells)
+        table.add(path, header, _blocks(path, header, (cells for _, cells in records), number + 1))
     if not len(table):
         raise UserError(f"{FLAG}: {' '.join(map(printable, map(str, paths)))} has a header, but no rows")
     return table
@@ -120,12 +124,12 @@ def _header(path, cells):
     return names
 
 
-def _blocks(path, header, records) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+def _blocks(path, header, records, start) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """-> (numbers, cells) of the rows that are not blank, with as many cells as the header, in blocks.
 
-    Raises UserError for a row of another length.
+    start: number of the first of `records`. Raises UserError for a row of another length.
     """
-    start, width = 2, len(header)
+    width = len(header)
     while block := list(itertools.islice(records, BLOCK)):
         numbers = range(start, start + len(block))
         start += len(block)
@@ -161,7 +165,9 @@ def _text_rows(path) -> Iterator[list[str]]:
     _refuse_other_kinds(path, content)
     text = _decoded(path, content)
     del content
-    separator = _separator(text)
+    if hint := SEPARATOR_LINE.match(text):
+        text = text[hint.end(1) :]  # its line end stays, so that rows have their numbers
+    separator = hint[2] if hint else _separator(text)
     previous = csv.field_size_limit(LONGEST_CELL)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:

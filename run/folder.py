@@ -130,6 +130,12 @@ def is_inside(path: str, folder: str | Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def check_is_file(path: str | Path, flag: str) -> None:
+    """Raise UserError, naming `flag`, if `path` is not an existing file: opening a named pipe would wait forever."""
+    if not os.path.isfile(path):
+        raise UserError(f"{flag}: {path} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
+
+
 def check_is_folder(path: str | Path, flag: str) -> None:
     """Raise UserError, naming `flag`, if `path` is not an existing folder."""
     if not os.path.isdir(path):

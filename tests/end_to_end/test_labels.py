@@ -53,7 +53,7 @@ def run(data, tmp_path_factory):
     run_dir, out = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(resnet_custom, "resnet50", thin_resnet50)
-        assert run_main("--data_dirs", folder, "--labels", table, *FLAGS, "--run_dir", run_dir) == 0
+        assert run_main("--data_dirs", folder, "--labels", table, *FLAGS, "--epochs", 1, "--run_dir", run_dir) == 0
     return run_dir, out.getvalue()
 
 
@@ -84,21 +84,30 @@ def test_a_table_gives_labels_subjects_and_columns(run, data):
     assert "which draws whole subjects" in report and "in one split (`--subject_column`)" in card
 
 
-def test_a_resumed_run_needs_the_table_no_more(data, tmp_path, thin_network, capsys):
-    folder, table = write_photos(tmp_path / "photos")
-    flags = ["--data_dirs", folder, "--labels", table, *FLAGS]
-    assert run_main(*flags, "--run_dir", tmp_path / "whole") == 0
-    assert run_main(*flags, "--epochs", 1, "--run_dir", tmp_path / "half") == 0
+def test_two_labels_of_a_photograph_are_found_and_a_resumed_run_needs_no_table(tmp_path, thin_network, capsys):
+    folder, table = write_photos(tmp_path / "photos", seed=3)
+    shutil.copy(folder / "dry_00.png", folder / "other.png")
+    with open(table, "a", encoding="cp949") as file:
+        file.write("other,p0_0,oily,20,F\n")
+    run_dir = tmp_path / "run"
+    flags = ["--data_dirs", folder, "--labels", table, *FLAGS, "--epochs", 1, "--run_dir", run_dir]
+    assert run_main(*flags) == 0
+    out = capsys.readouterr().out
+    assert f"nearly identical, with two labels: {folder}/dry_00.png (dry) and {folder}/other.png (oily)" in out
+    found = json.loads((run_dir / "near_duplicates.json").read_text())
+    assert found["count"] == 0 and len(found["other_class"]) == 1  # of one person, so they are in one split
+
+    before = read_rows(run_dir / "test_predictions.csv")
     table.unlink()
     shutil.move(folder, tmp_path / "moved")
-    checkpoint = tmp_path / "half" / "last_model.pth"
+    checkpoint = run_dir / "last_model.pth"
     assert run_main("--resume", checkpoint, "--merge", "dry,oily=x") == 2
     assert "--merge: cannot change in a resumed run" in capsys.readouterr().err
     assert run_main("--resume", checkpoint, "--data_dirs", tmp_path / "moved", "--epochs", 2) == 0
-    state = load_checkpoint(checkpoint)["table"]
-    assert state["subject_column"] == "patient_id" and state["targets"]["test"].shape == (12,)
-    left, right = (read_rows(tmp_path / name / "test_predictions.csv") for name in ("whole", "half"))
-    assert [row["age"] for row in left] == [row["age"] for row in right]
+    columns = ("label", "patient_id", "age", "성별")
+    after = read_rows(run_dir / "test_predictions.csv")
+    assert [[row[name] for name in columns] for row in after] == [[row[name] for name in columns] for row in before]
+    assert load_checkpoint(checkpoint)["table"]["subject_column"] == "patient_id"
 
 
 def test_the_checkpoint_is_tested_on_a_new_table(run, data, tmp_path, thin_network, capsys):
@@ -206,19 +215,6 @@ def test_a_subject_in_two_published_splits_is_refused(data, tmp_path, capsys, th
     flags = ["--data_dirs", data[0], "--labels", tmp_path / "t.csv", *FLAGS]
     assert run_main(*flags, "--run_dir", tmp_path / "run") == 2
     assert "--subject_column: subject 'dry0' is in two splits: " in capsys.readouterr().err
-
-
-def test_one_photograph_with_two_labels_is_found_in_one_split(data, tmp_path, capsys, thin_network):
-    folder, table = write_photos(tmp_path / "photos")
-    shutil.copy(folder / "dry_00.png", folder / "other.png")
-    with open(table, "a", encoding="cp949") as file:
-        file.write("other,p0_0,oily,20,F\n")
-    flags = ["--data_dirs", folder, "--labels", table, *FLAGS, "--epochs", 1]
-    assert run_main(*flags, "--run_dir", tmp_path / "run") == 0
-    out = capsys.readouterr().out
-    assert f"nearly identical, with two labels: {folder}/dry_00.png (dry) and {folder}/other.png (oily)" in out
-    found = json.loads((tmp_path / "run" / "near_duplicates.json").read_text())
-    assert found["count"] == 0 and len(found["other_class"]) == 1
 
 
 def test_a_run_without_a_table_is_not_changed(finished_run):

@@ -7,7 +7,7 @@ import pytest
 
 from metrics import full_metrics, summary_metrics
 from run.cli import UserError
-from subgroups import MAX_GROUPS, check_columns, groups_of, subgroup_metrics, write_subgroups
+from subgroups import MAX_GROUPS, groups_of, subgroup_metrics, write_subgroups
 
 
 def test_values_are_groups_in_their_order():
@@ -80,14 +80,6 @@ def test_too_many_groups_are_refused():
     with pytest.raises(UserError, match="51 different values, more than 50"):
         subgroup_metrics(cells, targets, np.eye(2)[targets], ["a", "b"])
     assert subgroup_metrics(["a"] * 9, np.zeros(9, int), np.eye(2)[[0] * 9], ["a", "b"])["gap"] is None
-
-
-def test_an_unknown_column_is_refused():
-    with pytest.raises(UserError, match=r"--subgroup_columns: there is no column 'sex' .*: age, tone"):
-        check_columns(["age", "sex"], {"age": [], "tone": []})
-    with pytest.raises(UserError, match="there are none without --labels"):
-        check_columns(["age"], None)
-    check_columns(None, None)
 
 
 def test_the_file_has_a_row_per_group_and_one_for_the_gap(outputs, tmp_path):

@@ -1,17 +1,21 @@
 """A table of labels becomes an index: columns, names of images, labels, splits, subjects."""
 
 import os
+import pickle
 import time
 import unicodedata
 from argparse import Namespace
 
 import numpy as np
 import pytest
+from helpers import index_of
 
 from flags import SPLITS
-from images.folders import Paths
-from images.labels import AMBIGUOUS, MISSING, index_table, match_names
+from images.folders import ImageIndex, Paths
+from images.labels import AMBIGUOUS, MISSING, check_columns, index_table, match_names
+from images.leakage import subjects_of
 from images.splits import stratified_split
+from images.table_state import table_state, with_table
 from run.cli import UserError
 
 FILES = ["a.jpg", "b.jpg", "in/c.png", "in/deep/d.jpg"]
@@ -30,12 +34,12 @@ def photos(tmp_path):
 def read(tmp_path, photos):
     """A function: the text of a table, and flags -> the index and the splits."""
 
-    def index(text=TABLE, classes=None, **flags):
+    def index(text=TABLE, classes=None, only=None, **flags):
         (tmp_path / "t.csv").write_text(text, encoding="utf-8")
         names = ("image_column", "label_column", "subject_column", "split_column", "group_regex", "folds")
         args = dict.fromkeys([*names, "merge", "drop"]) | {"skip_broken": False, "eval_only": False}
         args |= {"labels": [str(tmp_path / "t.csv")], **flags}
-        return index_table(Namespace(**args), [str(photos)], "--data_dirs", classes)
+        return index_table(Namespace(**args), [str(photos)], "--data_dirs", classes, only=only)
 
     return index
 
@@ -195,8 +199,6 @@ def test_folders_in_a_table_must_be_those_of_the_image(cell, expected):
 
 
 def test_an_image_without_a_subject_is_a_subject_of_its_own(read):
-    from images.leakage import subjects_of
-
     index, _ = read(TABLE.replace("1,", ","))
     assert len(np.unique(subjects_of(index, None))) == 4
     assert len(np.unique(subjects_of(read()[0], None))) == 3
@@ -207,8 +209,6 @@ def test_subjects_of_a_table_stay_together(tmp_path, read, photos):
     for name, *_ in rows:
         (photos / f"{name}.jpg").touch()
     index, _ = read("image,label,person_id\n" + "".join(f"{name},{c},{p}\n" for name, p, c in rows))
-    from images.leakage import subjects_of
-
     splits = stratified_split(index, [0.6, 0.2, 0.2], 0, (), subjects_of(index, None))
     of_split = [set(part.columns["person_id"]) for part in splits.values()]
     assert sum(map(len, of_split)) == len(set.union(*of_split)) == 30
@@ -220,3 +220,36 @@ def test_a_million_rows_are_matched_in_seconds():
     start = time.process_time()
     found, _ = match_names(cells, paths, ["/data/photos"])
     assert np.array_equal(found, np.arange(200_000)) and time.process_time() - start < 2
+
+
+def test_an_unknown_column_of_subgroups_is_refused(read):
+    index, _ = read()
+    with pytest.raises(UserError, match=r"--subgroup_columns: there is no column 'sex' .*: patient_id, age"):
+        check_columns(["age", "sex"], index)
+    with pytest.raises(UserError, match="there are none without --labels"):
+        check_columns(["age"], index_of([1, 1]))
+    check_columns(None, index)
+
+
+def test_the_labels_are_in_the_checkpoint(read):
+    index, _ = read()
+    splits = {"train": index.subset([2, 0]), "test": index.subset([3, 1])}
+    splits = pickle.loads(pickle.dumps(splits))  # as other processes of a training get them
+    state = table_state(splits)
+    plain = {name: ImageIndex(part.paths, np.zeros(2, int), part.classes) for name, part in splits.items()}
+    assert table_state(plain) is None and with_table(plain, {"table": None}) is plain
+    restored = with_table(plain, {"table": state})
+    for name, part in splits.items():
+        assert restored[name].targets.tolist() == part.targets.tolist()
+        assert list(restored[name].columns["age"]) == list(part.columns["age"])
+        assert restored[name].subject_column == "patient_id"
+    for damage in ({"targets": {}}, {"subject_column": "x"}, {"columns": {"train": {}, "test": {"age": 1}}}):
+        with pytest.raises(UserError, match="the table of labels in the checkpoint is damaged"):
+            with_table(plain, {"table": state | damage})
+
+
+def test_only_the_rows_of_a_published_split_are_read(read):
+    text = "image,label,split\na,x,test\nb,y,test\nz,x,train\n"
+    assert names(read(text, split_column="split", only="test")[0]) == ["a.jpg", "b.jpg"]
+    with pytest.raises(UserError, match=r"--split_column: no row of .*t.csv is in val"):
+        read(text, split_column="split", only="val")

@@ -59,6 +59,13 @@ def test_several_tables_are_read_below_each_other(tmp_path):
         table.require("age", "--subject_column")
 
 
+def test_the_line_that_names_the_separator_and_blank_lines_before_the_header_are_passed_over(tmp_path):
+    for start in ("sep=;\n", "\n;\n", "sep=;\r\n\n"):
+        table = read_tables([write(tmp_path, f"{start}image;label\na;1,5\n")])
+        assert table.columns == {"image": ["a"], "label": ["1,5"]}
+        assert table.place(0).endswith(f"row {start.count(chr(10)) + 2}")
+
+
 def test_columns_without_a_name_are_left_out(tmp_path):
     table = read_tables([write(tmp_path, ",image,label,,\n0,a,1,,\n1,b,2\n2,c,3,,,\n")])
     assert table.columns == {"image": ["a", "b", "c"], "label": ["1", "2", "3"]}
@@ -90,7 +97,7 @@ def test_what_is_not_a_table_is_refused(tmp_path, name):
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"--labels: .*none.csv cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"--labels: .*none.csv does not exist"):
         read_tables([tmp_path / "none.csv"])
 
 

@@ -8,9 +8,10 @@ from helpers import write_run_folder
 from sklearn.metrics import balanced_accuracy_score
 
 import study.comparison
+from run.files import read_json, write_json, write_predictions
 from study.comparison import EvaluatedRun, resampled_metrics
-from study.run_comparison import compare_groups
-from study.run_records import group_records, read_records
+from study.run_comparison import compare_groups, read_evaluated
+from study.run_records import group_records, read_record, read_records
 
 TARGETS = np.repeat([0, 1, 2], [60, 30, 20])
 
@@ -101,6 +102,18 @@ def test_images_of_a_subject_are_drawn_together(tmp_path):
         widths[copies, bool(pattern)] = np.ptp(interval)
     assert widths[5, True] == pytest.approx(widths[1, False], rel=0.1)
     assert widths[5, False] < 0.6 * widths[1, False]
+
+
+def test_subjects_of_a_table_are_read_from_the_predictions(tmp_path):
+    targets, paths = np.array([0, 1, 2, 0]), ["/x/d.png", "/x/b.png", "/x/c.png", "/x/a.png"]
+    folder = write_run_folder(tmp_path / "run", targets, np.eye(3)[targets], paths=paths)
+    columns = {"person_id": ["p1", "p2", "", "p1"]}
+    write_predictions(folder / "test_predictions.csv", paths, targets, np.eye(3)[targets], list("abc"), columns)
+    write_json(folder / "results.json", read_json(folder / "results.json") | {"subject_column": "person_id"})
+    run = read_evaluated(read_record(folder), [])
+    assert dict(zip(run.paths, run.subjects, strict=True)) == dict(
+        zip(paths, ["p1", "p2", "/x/c.png", "p1"], strict=True)
+    )
 
 
 def test_damaged_predictions_cost_the_comparison_of_that_run_only(tmp_path, capsys):
