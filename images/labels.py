@@ -271,8 +271,9 @@ def _find(table, column, rows, paths, folders, flag, skip_broken):
             "or write their folders into the table"
         )
     _refuse_missing([cells[i] for i in rows[found == MISSING].tolist()], len(rows), folders, skip_broken, flag)
-    number = len(paths) - len(np.unique(matched[matched >= 0]))
-    if number:
+    is_named = np.zeros(len(paths), bool)
+    is_named[matched[matched >= 0]] = True
+    if number := int((~is_named).sum()):
         print(f"{FLAG}: {number} photographs below {_names(folders)} are in no row of the table")
     return found
 

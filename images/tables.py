@@ -19,7 +19,7 @@ SEPARATORS = (",", ";", "\t")
 KOREAN = "cp949"  # in which Excel of a Korean Windows saves CSV files
 SEPARATOR_LINE = re.compile(r"(sep=([,;\t]))\r?\n")  # the first line, for Excel
 LONGEST_CELL = 2**20  # characters
-BLOCK = 2**14  # rows at a time
+BLOCK = 512  # rows at a time: fewer lists than start the garbage collector
 MAX_SHARED = 2**16  # different texts of a column
 SHOWN_COLUMNS, SHOWN_ROWS = 30, 5  # in a message
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
