@@ -135,6 +135,11 @@ def restarts_here() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def start_of_command() -> list[str]:
+    """-> the words in front of the flags of a command line that starts main.py as it was started."""
+    return ["torchrun", "...", "main.py"] if launched_by_torchrun() else ["python", "main.py"]
+
+
 def is_follower() -> bool:
     """Whether another process that torchrun has started speaks for this one."""
     return launched_by_torchrun() and os.environ["RANK"] != "0"
