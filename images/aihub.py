@@ -277,9 +277,7 @@ def _parsed_members(archives, members):
 
 def _label_of(archives, member):
     try:
-        if member.size > MAX_LABEL_BYTES:
-            return "it is too large for a label"
-        return parse_label(archives.read(member), member.parts)
+        return parse_label(archives.read(member, MAX_LABEL_BYTES), member.parts)
     except (BadLabel, DamagedMember) as error:
         return str(error)
     except OSError as error:

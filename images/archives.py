@@ -1,15 +1,19 @@
 """Files in folders and in zip archives, found alike and read alike, without unpacking."""
 
+import io
 import os
 import re
+import stat
 import struct
 import threading
 import zipfile
 import zlib
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from images.folders import images_below, print_left_out
 from images.layout import SYSTEM_NAMES
@@ -17,9 +21,11 @@ from run.cli import UserError
 from run.files import printable
 
 ZIP, PART = ".zip", re.compile(r"\.part\d+")  # PART: extension of a piece of a divided archive
+PIECE = re.compile(r"(.+\.zip)\.part(\d+)", re.IGNORECASE | re.DOTALL)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 SIGNATURE = b"PK\x03\x04"
 IS_ENCRYPTED, IS_UTF8 = 0x1, 0x800  # flag bits of a member
+TAR_MARK, TAR_MARK_AT = b"ustar", 257
 MAX_BYTES = 2**30  # a larger file is not read into memory
 
 
@@ -53,48 +59,59 @@ class Archives:
     """The files of folders and zip archives. The list of an archive is read once; each thread has its own handles."""
 
     def __init__(self, names: Sequence[str | Path], extensions: Sequence[str], flag: str):
-        """names: folders, in which zip archives are found at any depth, and zip archives; extensions: in lower case, of
-        the files that are wanted. Raises UserError, naming `flag`, for what does not exist or cannot be read.
+        """names: folders, in which zip archives are found at any depth, zip archives, and their pieces; extensions: in
+        lower case, of the files that are wanted. Raises UserError, naming `flag`, for what does not exist, cannot be
+        read, or lacks a piece.
         """
         self.extensions, self.flag = tuple(extensions), flag
-        self.paths: list[str] = []  # of the archives
+        self.paths: list[str] = []  # of the archives; of one in pieces, the path that it has as a whole
+        self._pieces: dict[str, list[str]] = {}  # of an archive in pieces, in their order
         self._files: list[str] = []  # on their own
         self._handles = threading.local()
-        passed_over, others = Counter(), Counter()
+        passed_over, others, archives = Counter(), Counter(), []
         for name in map(str, names):
             if os.path.isdir(name):
                 found, skipped, _ = images_below(Path(name), flag, passed_over, (ZIP, *extensions))
+                if parts := [extension for extension in skipped if PART.fullmatch(extension)]:
+                    pieces = list(filter(PIECE.fullmatch, images_below(Path(name), flag, Counter(), parts)[0]))
+                    skipped -= Counter(os.path.splitext(path)[1].lower() for path in pieces)
+                    archives += pieces
                 others.update(skipped)
-                self.paths += [path for path in found if path.lower().endswith(ZIP)]
+                archives += [path for path in found if path.lower().endswith(ZIP)]
                 self._files += [path for path in found if not path.lower().endswith(ZIP)]
             elif os.path.exists(name):
-                self.paths.append(name)
+                archives.append(name)
             else:
                 raise UserError(f"{flag}: {printable(name)} does not exist")
-        self.paths = list(dict.fromkeys(self.paths))
-        pieces = [extension for extension in others if PART.fullmatch(extension)]
-        if pieces:
-            raise UserError(
-                f"{flag}: there are {sum(others[piece] for piece in pieces)} pieces of divided archives "
-                f"({', '.join(sorted(pieces)[:3])}); join them first, in their order: cat X.zip.part* > X.zip"
-            )
+        self._take(list(dict.fromkeys(archives)))
         print_left_out(passed_over, others, flag)
+
+    def _take(self, archives):
+        """Fill `paths` and `_pieces`. An archive that is there as a whole is not read from its pieces."""
+        self.paths = [path for path in archives if not PIECE.fullmatch(path)]
+        pieces = defaultdict(list)
+        for match in filter(None, map(PIECE.fullmatch, archives)):
+            pieces[match[1]].append((int(match[2]), match[0]))
+        for path in sorted(pieces.keys() - {*self.paths}):
+            numbers, self._pieces[path] = zip(*sorted(pieces[path]), strict=True)
+            starts = accumulate(map(os.path.getsize, self._pieces[path][:-1]), initial=0)
+            for position, (number, start, piece) in enumerate(zip(numbers, starts, self._pieces[path], strict=True)):
+                if number not in (start, position):  # AI-Hub numbers them by where they start, in bytes
+                    raise UserError(
+                        f"{self.flag}: a piece before {printable(piece)} is missing or cut short; download "
+                        f"{printable(os.path.basename(path))} again, or name all of its pieces"
+                    )
+            self.paths.append(path)
+
+    def _open(self, path) -> BinaryIO:
+        return io.BufferedReader(_Joined(self._pieces[path])) if path in self._pieces else open(path, "rb")
 
     def members(self) -> Iterator[Member]:
         """Yield every wanted file. Raises UserError, naming the flag, for an archive that is damaged as a whole."""
         yield from (Member(-1, path) for path in self._files)
         for number, path in enumerate(self.paths):
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    listed = archive.infolist()[::-1]
-                del archive  # so that the entries of a million files can be freed one by one
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(
-                    f"{self.flag}: {printable(path)} is not a complete zip file ({reason}); download it again, or "
-                    "unpack it if it is another kind of archive"
-                ) from error
-            while listed:
+            listed = self._listed(path)[::-1]
+            while listed:  # so that the entries of a million files can be freed one by one
                 info = listed.pop()
                 member = Member(
                     number,
@@ -109,21 +126,51 @@ class Archives:
                 if member.name.lower().endswith(self.extensions) and not _is_of_system(member):
                     yield member
 
+    def _listed(self, path):
+        """-> the entries of an archive."""
+        try:
+            if path not in self._pieces and not os.path.isfile(path):
+                raise OSError("not a regular file")  # opening a named pipe would wait forever
+            with self._open(path) as file:
+                file.seek(TAR_MARK_AT)
+                if file.read(len(TAR_MARK)) == TAR_MARK:  # the list of the last zip file in it would be found
+                    raise UserError(
+                        f"{self.flag}: {printable(path)} is a tar file; unpack it (tar -xf), and name its folder"
+                    )
+                with zipfile.ZipFile(file) as archive:
+                    listed = archive.infolist()
+                if any(info.header_offset < 0 for info in listed):
+                    raise zipfile.BadZipFile("its beginning is missing")
+                return listed
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{self.flag}: {printable(path)} is not a complete zip file ({reason}); download it again, or "
+                "unpack it if it is another kind of archive"
+            ) from error
+
     def where(self, member: Member) -> str:
         """-> the place of a file, in one line."""
         archive = f"{self.paths[member.archive]}/" if member.archive >= 0 else ""
         return printable(archive + member.name)
 
-    def read(self, member: Member) -> bytes:
-        """The content of a file, checked against its checksum. Raises OSError or DamagedMember."""
+    def read(self, member: Member, max_bytes: int = MAX_BYTES) -> bytes:
+        """The content of a file, checked against its checksum. Raises OSError, or DamagedMember for one that is
+        damaged, or larger than `max_bytes`."""
+        size = max(member.size, member.packed)
+        if member.archive < 0:
+            status = os.stat(member.name)
+            if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait forever
+                raise DamagedMember("not a regular file")
+            size = status.st_size
+        if size > max_bytes:
+            raise DamagedMember(f"larger than {max_bytes >> 20} MB")
         if member.archive < 0:
             return Path(member.name).read_bytes()
         if member.is_encrypted:
             raise DamagedMember("encrypted in the archive")
         if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DamagedMember(f"packed by method {member.method}, which is not supported; unpack the archive")
-        if max(member.size, member.packed) > MAX_BYTES:
-            raise DamagedMember("larger than 1 GB")
         return _unpacked(self._packed(member), member)
 
     def _packed(self, member):
@@ -139,8 +186,49 @@ class Archives:
     def _handle(self, archive):
         handles = self._handles.__dict__
         if archive not in handles:
-            handles[archive] = open(self.paths[archive], "rb")  # noqa: SIM115 (closed when its thread ends)
+            handles[archive] = self._open(self.paths[archive])  # closed when its thread ends
         return handles[archive]
+
+
+class _Joined(io.RawIOBase):
+    """The pieces of a file, read as if they were one. Only one of them is open: there may be many."""
+
+    def __init__(self, pieces):
+        self._pieces, self._position, self._opened, self._file = pieces, 0, None, None
+        self._ends = list(accumulate(map(os.path.getsize, pieces)))
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        position = (0, self._position, self._ends[-1])[whence] + offset
+        if position < 0:
+            raise ValueError("negative position")
+        self._position = position
+        return position
+
+    def readinto(self, buffer):
+        number = bisect_right(self._ends, self._position)
+        if number == len(self._ends):
+            return 0
+        if number != self._opened:
+            self._close_piece()
+            self._file, self._opened = open(self._pieces[number], "rb"), number  # noqa: SIM115 (closed below)
+        self._file.seek(self._position - (self._ends[number - 1] if number else 0))
+        count = self._file.readinto(buffer)
+        self._position += count
+        return count
+
+    def close(self):
+        self._close_piece()
+        super().close()
+
+    def _close_piece(self):
+        if self._file:
+            self._file.close()
 
 
 def _unpacked(content, member):

@@ -1,7 +1,9 @@
 """Files in folders and zip archives are found alike and read alike."""
 
 import io
+import os
 import sys
+import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +98,7 @@ def test_a_member_never_grows_beyond_its_stated_size(tmp_path):
     (member,) = archives.members()
     with pytest.raises(DamagedMember):
         archives.read(member._replace(size=1000))
-    with pytest.raises(DamagedMember, match="larger than 1 GB"):
+    with pytest.raises(DamagedMember, match="larger than 1024 MB"):
         archives.read(member._replace(size=2**31))
 
 
@@ -116,15 +118,92 @@ def test_an_archive_that_was_cut_off_is_an_error_that_names_it(tmp_path):
     archive.write_bytes(archive.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"DOWNLOADED: .*TS\.zip is not a complete zip file .*download it again"):
         read_all(archive)
+    archive.write_bytes(write_zip(archive, CONTENT).read_bytes()[30:])
+    with pytest.raises(UserError, match=r"DOWNLOADED: .*TS\.zip is not a complete zip file"):
+        read_all(archive)
     with pytest.raises(UserError, match=r"DOWNLOADED: .*nowhere\.zip does not exist"):
         read_all(tmp_path / "nowhere.zip")
 
 
-def test_pieces_of_a_divided_archive_are_an_error_with_the_command_that_joins_them(tmp_path):
-    for name in ("TS.zip.part0", "TS.zip.part1073741824"):
-        (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"2 pieces of divided archives .*cat X\.zip\.part\* > X\.zip"):
+def divide(path, starts, names=None):
+    """Replace a file by its pieces, which begin at `starts`; names: of the pieces, by default where they start."""
+    content = path.read_bytes()
+    path.unlink()
+    ends = [*starts[1:], len(content)]
+    for start, end, name in zip(starts, ends, names or starts, strict=True):
+        path.with_name(f"{path.name}.part{name}").write_bytes(content[start:end])
+    return sorted(path.parent.glob("*.part*"))  # as shells sort them: part10 before part2
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 2, 10, 100, 110], [0, 1, 7, 500]])
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_an_archive_in_pieces_is_read_like_a_whole_one(tmp_path, starts, is_counted):
+    content = {f"img/{i}.json": bytes([i]) * 50 for i in range(8)}
+    pieces = divide(write_zip(tmp_path / "TS.zip", content), starts, range(len(starts)) if is_counted else None)
+    expected = {f"{i}.json": bytes([i]) * 50 for i in range(8)}
+    assert read_all(tmp_path) == read_all(*pieces) == read_all(tmp_path, *pieces) == expected
+
+
+def test_the_name_of_a_file_in_an_archive_in_pieces_is_that_of_the_whole(tmp_path):
+    divide(write_zip(tmp_path / "TS.zip", CONTENT), [0, 50])
+    archives = Archives([tmp_path], [".json"], "DOWNLOADED")
+    assert [archives.where(member) for member in archives.members()] == [str(tmp_path / "TS.zip/img/a.json")]
+
+
+def test_a_whole_archive_is_read_rather_than_its_pieces(tmp_path):
+    whole = write_zip(tmp_path / "TS.zip", CONTENT).read_bytes()
+    divide(tmp_path / "TS.zip", [0, 50])
+    (tmp_path / "TS.zip").write_bytes(whole)
+    (tmp_path / "TS.zip.part50").unlink()
+    archives = Archives([tmp_path], [".json"], "DOWNLOADED")
+    assert len(list(archives.members())) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+@pytest.mark.parametrize("names", [None, range(4)])
+def test_a_missing_piece_is_an_error_that_says_where(tmp_path, missing, names):
+    divide(write_zip(tmp_path / "TS.zip", CONTENT), [0, 50, 100, 150], names)
+    pieces = [tmp_path / f"TS.zip.part{name}" for name in names or (0, 50, 100, 150)]
+    pieces[missing].unlink()
+    with pytest.raises(UserError, match=rf"a piece before .*{pieces[missing + 1].name} is missing or cut short"):
         read_all(tmp_path)
+
+
+def test_a_piece_that_was_cut_short_or_the_last_one_missing_is_an_error(tmp_path):
+    first, *_, last = divide(write_zip(tmp_path / "TS.zip", CONTENT), [0, 50, 60])
+    last.rename(tmp_path / "last")
+    with pytest.raises(UserError, match=r"TS\.zip is not a complete zip file"):
+        read_all(tmp_path)
+    (tmp_path / "last").rename(last)
+    first.write_bytes(first.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"a piece before .*part50 is missing or cut short; download TS\.zip again"):
+        read_all(tmp_path)
+
+
+def test_a_tar_file_is_not_read_as_the_last_zip_file_in_it(tmp_path):
+    with tarfile.open(tmp_path / "download.tar", "w") as archive:
+        archive.add(write_zip(tmp_path / "TL.zip", CONTENT), "TL.zip")
+    with pytest.raises(UserError, match=r"download\.tar is a tar file; unpack it"):
+        read_all(tmp_path / "download.tar")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(DamagedMember, match="not a regular file"):
+        read_all(tmp_path)
+    os.mkfifo(tmp_path / "b.zip")
+    with pytest.raises(UserError, match="not a regular file"):
+        read_all(tmp_path / "b.zip")
+
+
+def test_a_file_larger_than_wanted_is_not_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"")
+    os.truncate(tmp_path / "a.json", 2**21)  # which takes no room on the disk
+    archives = Archives([tmp_path], [".json"], "DOWNLOADED")
+    (member,) = archives.members()
+    with pytest.raises(DamagedMember, match="larger than 1 MB"):
+        archives.read(member, 2**20)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="offsets beyond 4 GB in a sparse file")
