@@ -67,7 +67,8 @@ def run(argv: list[str]) -> int:
         from images.aihub_crops import check_output_folder, count_reasons
         from images.archives import Archives
 
-        targets = [Target(args.equipment, args.bins)] if args.equipment else [Target(t) for t in args.target or []]
+        names = dict.fromkeys(args.target or [])  # each one once
+        targets = [Target(args.equipment, args.bins)] if args.equipment else list(map(Target, names))
         if not args.list:
             check_output_folder(Path(args.output), args.downloaded, args.class_folders)
         archives = Archives(args.downloaded, EXTENSIONS, "DOWNLOADED")
@@ -130,10 +131,10 @@ def make_crops(archives: "Archives", found: "Found", targets: "Sequence[Target]"
             listed = ", ".join(f"grade {grade}: {counts[grade]}" for grade in sorted(counts.keys() - {None}))
             print(f"{target.column}: {listed}")
         if crops and class_target:
-            print(f"train: python main.py --data_dirs {shown} --group_regex '^(.+)_.+_.+_.+'")
+            print(f'train: python main.py --data_dirs {shown} --group_regex "^(.+)_.+_.+_.+"')
         elif crops:
             for target, missing in zip(targets, write_table(found, crops, folder, targets), strict=True):
-                drop = " --drop ''" if missing else ""
+                drop = " --drop=" if missing else ""  # what shells of Windows take for an empty word differs
                 print(
                     f"train: python main.py --data_dirs {shlex.quote(str(images))} --labels "
                     f"{shlex.quote(str(folder / TABLE))} --label_column {target.column}{drop}"

@@ -21,6 +21,7 @@ from images.archives import Archives, DamagedMember, Member
 from images.formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
 from run.cli import UserError, progress_bar
 from run.cores import num_cores
+from run.files import printable
 
 LABEL = ".json"
 EXTENSIONS = (LABEL, *IMAGE_EXTENSIONS, *HEIF_EXTENSIONS)
@@ -36,6 +37,7 @@ VALUE = "equipment_"  # before the name of an instrument value in the table: gra
 NAME = re.compile(r"(\w[\w-]*)_(\w+)_(\w+)_(\w+)")  # person, device, angle, area
 MAX_NAME_LETTERS = 60  # of a crop, which is 180 bytes in Hangul; some file systems allow 255
 MAX_LABEL_BYTES = 2**24
+MAX_WHOLE = 2**53  # from here on, a float is not exact
 PER_TASK = 100  # label files that a thread reads at once
 
 
@@ -82,13 +84,13 @@ def parse_label(content: bytes, parts: Sequence[str]) -> Label:
         intern(device),
         intern(angle),
         area,
-        tuple("" if info.get(key) is None else intern(str(info[key])) for key in ABOUT),
+        tuple("" if info.get(key) is None else intern(printable(str(info[key]))) for key in ABOUT),
         re.split(r"[/\\]", unicodedata.normalize("NFC", photo))[-1],
         folders_of(parts),
         _box(images.get("bbox"), area),
         size if all(size) else None,
-        {intern(key): _whole(grade) for key, grade in _part(document, "annotations").items() if _is_grade(key, grade)},
-        {intern(key): _number(value) for key, value in _part(document, "equipment").items() if not _is_nested(value)},
+        {key: _whole(grade) for key, grade in _named(document, "annotations") if _is_grade(key)},
+        {key: _number(value) for key, value in _named(document, "equipment")},
     )
 
 
@@ -117,12 +119,14 @@ def _part(document, key):
     return part if isinstance(part, dict) else {}
 
 
-def _is_grade(key, grade):
-    return not _is_nested(grade) and key not in FIRST_COLUMNS and not key.startswith(VALUE)
+def _named(document, part):
+    """-> (name, value) of what has a name; outlines, as those of acne, are no grade."""
+    pairs = ((printable(key).strip(), value) for key, value in _part(document, part).items())
+    return ((sys.intern(key), value) for key, value in pairs if key and not isinstance(value, (list, dict)))
 
 
-def _is_nested(value):
-    return isinstance(value, (list, dict))  # outlines of acne are no grade
+def _is_grade(key):
+    return key not in FIRST_COLUMNS and not key.startswith(VALUE)
 
 
 def _number(value):
@@ -138,7 +142,7 @@ def _number(value):
 
 def _whole(value):
     number = _number(value)
-    return int(number) if number is not None and number.is_integer() else None
+    return int(number) if number is not None and number.is_integer() and abs(number) < MAX_WHOLE else None
 
 
 def _box(values, area):

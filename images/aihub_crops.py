@@ -35,6 +35,7 @@ from run.cli import UserError, progress_bar
 from run.files import atomic_write, csv_writer, printable
 from run.folder import is_inside
 
+SKIPPED_COLUMNS = ("label", "photograph", "reason")
 IMAGES, TABLE, SKIPPED, LOCK = "images", "labels.csv", "skipped.csv", ".prepare_aihub.lock"
 SUFFIX = ".jpg"
 JPEG = {"quality": 95, "subsampling": 0}  # subsampling 0: colors at full resolution
@@ -106,8 +107,8 @@ def check_output_folder(folder: Path, downloaded: Sequence[str], class_folders: 
     """Raise UserError if the folder is in one of those that are read, or holds what is not of this kind of output."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {folder} is not a folder")
-    for name in downloaded:
-        if os.path.isdir(name) and is_inside(str(folder), name):
+    for name in filter(os.path.isdir, downloaded):
+        if is_inside(str(folder), name) or is_inside(str(folder / IMAGES), name):  # which may be a link
             raise UserError(f"--output: {folder} is in {name}, which is read; name a folder outside of it")
     if not folder.exists():
         return
@@ -123,6 +124,9 @@ def check_output_folder(folder: Path, downloaded: Sequence[str], class_folders: 
         )
     if not class_folders:
         _columns_of(folder / TABLE)
+    skipped = folder / SKIPPED
+    if skipped.exists() and _first_row(skipped) != [*SKIPPED_COLUMNS]:
+        raise UserError(f"--output: {skipped} is not a list of this command; name another folder")
 
 
 def check_class_folders(folder: Path, labels: Mapping[str, Label], target: Target) -> None:
@@ -143,20 +147,22 @@ def write_crops(archives: Archives, found: Found, folder: Path, class_target: Ta
     """Make the crops of `found.labels` that are not there yet. -> ({crop: its file}, how many are new)
 
     class_target: whose grade is the name of the folder of a crop; None for one folder for all. What cannot be made is
-    added to `found.skipped`. Raises UserError if there is no room.
+    added to `found.skipped`. Raises UserError if there is no room, and if there are no photographs at all.
     """
     places = {
         crop: (folder / IMAGES if class_target is None else folder / str(class_target.of(label))) / f"{crop}{SUFFIX}"
         for crop, label in found.labels.items()
     }
+    made, missing = {}, {}
+    for crop, path in places.items():
+        (made if is_complete(path) else missing)[crop] = path
+    if missing and not found.photos:
+        raise UserError(f"{archives.flag}: no photographs in it; name them too, such as TS.zip")
     for place in {path.parent for path in places.values()}:
         place.mkdir(exist_ok=True)
         for stray in place.glob(".*.tmp"):  # of a process that was killed
             if re.fullmatch(rf"\..+\{SUFFIX}\.\d+\.tmp", stray.name):
                 stray.unlink()
-    made, missing = {}, {}
-    for crop, path in places.items():
-        (made if is_complete(path) else missing)[crop] = path
     finished, tasks = len(made), _tasks(found, missing)
     with progress_bar(None, "photographs", "photo", len(tasks)) as bar:
         for crops, problems in in_threads(lambda task: _cut(archives, task), tasks):
@@ -272,7 +278,10 @@ def write_table(found: Found, crops: Mapping[str, Path], folder: Path, targets: 
             for i, target in enumerate(targets):
                 if target.bins:  # of all rows, by the same limits
                     value = row.get(VALUE + target.name, "")
-                    row[target.column] = "" if value == "" else grade_of(float(value), target.bins)
+                    try:
+                        row[target.column] = "" if value == "" else grade_of(float(value), target.bins)
+                    except ValueError as error:
+                        raise _changed(folder / TABLE, f"{VALUE}{target.name} of {row['image']} is {value}") from error
                 missing[i] += row.get(target.column, "") == ""
             writer.writerow([row.get(column, "") for column in columns])
     return missing
@@ -301,18 +310,37 @@ def _columns_of(table):
     """-> the columns of the table that is there. Raises UserError if it is not of this command."""
     if not table.exists():
         return []
-    with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        columns = next(csv.reader(file), [])
+    columns = _first_row(table)
     if not {*FIRST_COLUMNS} <= {*columns}:
-        raise UserError(f"--output: {table} is not a table of this command; name another folder")
+        raise UserError(
+            f"--output: {table} is not a table of this command, or another program has changed it; name another folder"
+        )
     return columns
 
 
+def _first_row(path):
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file, suppress(csv.Error):
+        return next(csv.reader(file), [])
+    return []
+
+
 def _rows_of(table, images):
-    """Yield the rows of some images of the table that is there."""
+    """Yield the rows of some images of the table that is there. Raises UserError if their persons are not those of the
+    images: Excel makes 1 of 0001, which would be another person in later rows."""
     if images and table.exists():
         with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            yield from (row for row in csv.DictReader(file) if row["image"] in images)
+            for row in csv.DictReader(file):
+                if row["image"] in images:
+                    match = NAME.fullmatch(row["image"].removesuffix(SUFFIX))
+                    if match and match[1] != row["person_id"]:
+                        raise _changed(table, f"person_id of {row['image']} is {row['person_id']}")
+                    yield row
+
+
+def _changed(table, what):
+    return UserError(
+        f"--output: another program has changed {table} ({what}); delete it, and repeat the commands of all its targets"
+    )
 
 
 def write_skipped(skipped: Sequence[tuple[str, str, str]], folder: Path) -> None:
@@ -322,12 +350,13 @@ def write_skipped(skipped: Sequence[tuple[str, str, str]], folder: Path) -> None
         return
     with atomic_write(folder / SKIPPED) as file:
         writer = csv_writer(file)
-        writer.writerow(["label", "photograph", "reason"])
+        writer.writerow(SKIPPED_COLUMNS)
         writer.writerows(sorted(skipped))
 
 
 def count_reasons(skipped: Sequence[tuple[str, str, str]]) -> str:
     """-> the most frequent reasons in one line."""
-    counts = Counter(reason for _, _, reason in skipped).most_common()
+    # "image file is truncated (10 bytes not processed)" and the like are one reason
+    counts = Counter(re.sub(r" \(.*\)$", "", reason) for _, _, reason in skipped).most_common()
     listed = "; ".join(f"{reason}: {count}" for reason, count in counts[:MAX_REASONS])
     return printable(listed) + ("; ..." if len(counts) > MAX_REASONS else "")

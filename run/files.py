@@ -92,6 +92,8 @@ def valid_text(text: str) -> str:
 
 def printable(name: str) -> str:
     """-> a name in one line, with escapes for control characters and for what is not valid UTF-8."""
+    if name.isprintable():  # nearly always
+        return name
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 

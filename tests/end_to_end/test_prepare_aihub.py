@@ -1,10 +1,14 @@
 """prepare_aihub.py: crops and tables of a small data set, from folders and zip archives, also in several attempts."""
 
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import aihub_tree
 import pytest
@@ -60,7 +64,7 @@ def test_one_folder_serves_several_targets_and_its_table_keeps_earlier_rows(data
     assert prepare(data, "--target", "forehead_wrinkle", "--output", out) == 0
     first = read_rows(out / "labels.csv")
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 0
-    assert "--label_column lip_dryness --drop ''" in capsys.readouterr().out
+    assert "--label_column lip_dryness --drop=\n" in capsys.readouterr().out
     (out / "images" / "0001_1_F_07.jpg").unlink()  # one that the user has deleted
     assert prepare(data, "--target", "forehead_pigmentation", "--output", out) == 0
     rows = read_rows(out / "labels.csv")
@@ -82,13 +86,26 @@ def test_an_instrument_value_is_graded_by_its_limits_in_all_rows(data, tmp_path,
     assert len(rows) == 16 and "grade 0: 4, grade 2: 4" in capsys.readouterr().out
 
 
-def test_class_folders_can_be_trained_on_as_they_are(data, tmp_path, capsys, thin_network):
-    assert prepare(data, "--target", "cheek_pore", "--output", tmp_path / "out", "--class_folders") == 0
-    assert {name for name in os.listdir(tmp_path / "out")} == {"2", "4"}
-    assert "--group_regex '^(.+)_.+_.+_.+'" in capsys.readouterr().out
-    flags = ["--no-pretrained", "--image_size", 32, "--epochs", 1, "--split", 0.4, 0.3, 0.3, "--wandb_mode", "disabled"]
-    flags += ["--run_dir", tmp_path / "run", "--data_dirs", tmp_path / "out", "--batch_size", 4]
-    assert run_main(*flags) == 0
+@pytest.mark.parametrize("is_table", [True, False])
+def test_the_printed_command_trains_with_persons_kept_apart(tmp_path, capsys, thin_network, is_table):
+    people = [f"{number:04d}" for number in range(9)] + ["홍길동"]
+    content = aihub_tree.files(people, angles=("F",))
+    for number, person in enumerate(people):
+        for device, name in aihub_tree.DEVICES.items():
+            place = f"label/{name}/{person}/{person}_{device}_F_01.json"
+            grades = {"forehead_wrinkle": number % 2}
+            content[place] = aihub_tree.label(person, device, "F", 1, annotations=grades)
+    data, out = aihub_tree.write_tree(tmp_path / "data", content), tmp_path / "our crops"
+    if is_table:  # rows of another target, which have no grade of this one
+        assert prepare(data, "--target", "lip_dryness", "--output", out) == 0
+    assert prepare(data, "--target", "forehead_wrinkle", "--output", out, *[] if is_table else ["--class_folders"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line.removeprefix("train: python main.py "))
+    flags = ["--no-pretrained", "--image_size", 32, "--epochs", 1, "--wandb_mode", "disabled", "--batch_size", 4]
+    assert run_main(*words, *flags, "--run_dir", tmp_path / "run") == 0
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text(encoding="utf-8"))
+    persons = [{Path(image).name.split("_")[0] for image in splits[split]} for split in ("train", "val", "test")]
+    assert all(persons) and sum(map(len, persons)) == len(set.union(*persons)) == 10
 
 
 def test_class_folders_are_of_one_target(data, tmp_path, capsys):
@@ -236,9 +253,61 @@ def test_mistakes_are_errors_in_one_line_and_leave_nothing(data, tmp_path, capsy
     assert outputs(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_a_table_of_something_else_is_not_replaced(data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["labels.csv", "skipped.csv"])
+@pytest.mark.parametrize("content", [b"mine\n1\n", b"mine," + b"x" * 200_000, "\ufeffimage,label\n".encode("utf-16")])
+def test_a_table_of_something_else_is_not_replaced(data, tmp_path, capsys, name, content):
     (out := tmp_path / "out").mkdir()
-    (out / "labels.csv").write_text("mine\n1\n")
+    (out / name).write_bytes(content)
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 2
-    assert outputs(out) == {"labels.csv": b"mine\n1\n"}
-    assert "labels.csv is not a table of this command" in capsys.readouterr().err
+    assert outputs(out) == {name: content}
+    assert re.search(rf"^error: --output: .*{name} is not a (table|list) of this command", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("_05.jpg,0001,", "_05.jpg,1,", "person_id of 0001_1_F_05.jpg is 1"),  # Excel takes it for a number
+        (",608,", ",608 µm,", "equipment_cheek_pore of 0001_1_F_05.jpg is 608 µm"),
+    ],
+)
+def test_rows_that_another_program_has_changed_are_not_continued(data, tmp_path, capsys, before, after, problem):
+    out = tmp_path / "out"
+    assert prepare(data, "--target", "l_cheek_pore", "--output", out) == 0
+    table = out / "labels.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    changed = table.read_bytes()
+    capsys.readouterr()
+    others = aihub_tree.write_tree(tmp_path / "others", aihub_tree.files(("0002",)))  # so 0001 is known from the table
+    assert prepare(others, "--equipment", "cheek_pore", "--bins", "700", "--output", out) == 2
+    error = capsys.readouterr().err
+    assert f"another program has changed {table} ({problem}); delete it" in error and error.count("\n") == 1
+    assert table.read_bytes() == changed
+
+
+def test_a_folder_of_crops_that_links_into_the_data_is_refused(data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").symlink_to(data / "img", target_is_directory=True)
+    before = outputs(tmp_path)
+    assert prepare(data, "--target", "lip_dryness", "--output", tmp_path / "out") == 2
+    assert "which is read; name a folder outside of it" in capsys.readouterr().err and outputs(tmp_path) == before
+
+
+def test_labels_without_photographs_are_listed_but_not_cropped(data, tmp_path, capsys):
+    assert prepare(data / "label", "--list") == 0
+    assert prepare(data / "label", "--target", "lip_dryness", "--output", tmp_path / "out") == 2
+    assert "error: DOWNLOADED: no photographs in it; name them too, such as TS.zip" in capsys.readouterr().err
+    # the grades of finished crops need no photographs
+    assert prepare(data, "--target", "lip_dryness", "--output", tmp_path / "out") == 0
+    assert prepare(data / "label", "--target", "lip_dryness", "lip_dryness", "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("train: ") == 2  # a target named twice counts once
+
+
+def test_a_download_in_pieces_gives_the_same_crops(data, tmp_path):
+    for path in aihub_tree.write_zips(tmp_path / "zips", aihub_tree.files()):
+        content = path.read_bytes()
+        path.unlink()
+        for start in range(0, len(content), 1000):  # 10000 comes before 2000 in the alphabet
+            path.with_name(f"{path.name}.part{start}").write_bytes(content[start : start + 1000])
+    assert prepare(tmp_path / "zips", "--target", "lip_dryness", "--output", tmp_path / "a") == 0
+    assert prepare(data, "--target", "lip_dryness", "--output", tmp_path / "b") == 0
+    assert outputs(tmp_path / "a") == outputs(tmp_path / "b")

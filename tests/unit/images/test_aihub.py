@@ -49,7 +49,7 @@ def test_a_grade_is_a_whole_number_however_it_is_written(grade):
     assert parse(annotations={"forehead_wrinkle": grade}).grades == {"forehead_wrinkle": 3}
 
 
-@pytest.mark.parametrize("grade", [None, "", "Er", 2.5, True, math.nan])
+@pytest.mark.parametrize("grade", [None, "", "Er", 2.5, True, math.nan, 1e300, "9" * 400])
 def test_any_other_grade_is_missing(grade):
     assert parse(annotations={"forehead_wrinkle": grade}).grades == {"forehead_wrinkle": None}
 
@@ -61,6 +61,13 @@ def test_outlines_are_no_grade_and_null_is_as_good_as_nothing():
 
 def test_what_would_replace_other_columns_of_the_table_is_no_grade():
     assert parse(annotations={"image": 1, "age": 2, "equipment_x": 3, "lip_dryness": 4}).grades == {"lip_dryness": 4}
+
+
+def test_names_and_texts_are_one_line_of_the_table():
+    found = parse(annotations={"a\nb": 1, "": 2, " ": 3, " lip_dryness ": 5}, equipment={"": 1, "\0": 2})
+    assert found.grades == {r"a\nb": 1, "lip_dryness": 5} and found.values == {r"\x00": 2}
+    content = aihub_tree.label("0001", "1", "F", 1).replace(b'"F"', b'"F\\n\\ud800"')
+    assert parse_label(content, ["0001_1_F_01.json"]).about == (r"F\n\ud800", "55", "", "")
 
 
 def test_a_box_may_have_its_corners_in_any_order_and_numbers_as_text():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from images.aihub import EXTENSIONS, Target, read_labels
-from images.aihub_crops import is_complete, output_folder, square_box, write_crops
+from images.aihub_crops import count_reasons, is_complete, output_folder, square_box, write_crops
 from images.archives import Archives
 from images.decode import limit_image_size
 from run.cli import UserError
@@ -209,3 +209,8 @@ def test_rows_of_the_reasons_are_in_order(tmp_path):
     assert [row["reason"] for row in read_rows(tmp_path / "skipped.csv")] == ["first", "second"]
     write_skipped([], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_truncated_at_different_places_are_one_reason():
+    skipped = [(f"{n}.json", "", f"image file is truncated ({n} bytes not processed)") for n in range(20)]
+    assert count_reasons([*skipped, ("", "", "it has no box")]) == "image file is truncated: 20; it has no box: 1"
