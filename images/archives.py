@@ -1,16 +1,21 @@
-"""Files in folders and in zip archives, found alike and read alike, without unpacking."""
+"""Files in folders and in zip archives, found alike and read alike, without unpacking.
+
+AI-Hub delivers a tar file of zip files in pieces. These are read as they are, too.
+"""
 
 import io
 import os
 import re
 import stat
 import struct
+import tarfile
 import threading
 import zipfile
 import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,7 +25,7 @@ from images.layout import SYSTEM_NAMES
 from run.cli import UserError
 from run.files import printable
 
-ZIP, PART = ".zip", re.compile(r"\.part\d+")  # PART: extension of a piece of a divided archive
+ZIP, TAR, PART = ".zip", ".tar", re.compile(r"\.part\d+")  # PART: extension of a piece of a divided archive
 PIECE = re.compile(r"(.+\.zip)\.part(\d+)", re.IGNORECASE | re.DOTALL)
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 SIGNATURE = b"PK\x03\x04"
@@ -51,6 +56,14 @@ class Member(NamedTuple):
         return re.split(r"[/\\]", self.name)
 
 
+class Piece(NamedTuple):
+    """A part of a file: a piece of a divided archive, or what is in a tar file."""
+
+    path: str
+    start: int  # in bytes
+    size: int
+
+
 class DamagedMember(Exception):
     """A file in an archive that cannot be read, with the reason."""
 
@@ -59,26 +72,26 @@ class Archives:
     """The files of folders and zip archives. The list of an archive is read once; each thread has its own handles."""
 
     def __init__(self, names: Sequence[str | Path], extensions: Sequence[str], flag: str):
-        """names: folders, in which zip archives are found at any depth, zip archives, and their pieces; extensions: in
-        lower case, of the files that are wanted. Raises UserError, naming `flag`, for what does not exist, cannot be
-        read, or lacks a piece.
+        """names: folders, in which archives are found at any depth, zip archives, their pieces, and tar files of them;
+        extensions: in lower case, of the files that are wanted. Raises UserError, naming `flag`, for what does not
+        exist, cannot be read, or lacks a piece.
         """
         self.extensions, self.flag = tuple(extensions), flag
         self.paths: list[str] = []  # of the archives; of one in pieces, the path that it has as a whole
-        self._pieces: dict[str, list[str]] = {}  # of an archive in pieces, in their order
+        self._pieces: dict[str, list[Piece]] = {}  # of an archive in pieces, in their order, and of one in a tar file
         self._files: list[str] = []  # on their own
         self._handles = threading.local()
         passed_over, others, archives = Counter(), Counter(), []
         for name in map(str, names):
             if os.path.isdir(name):
-                found, skipped, _ = images_below(Path(name), flag, passed_over, (ZIP, *extensions))
+                found, skipped, _ = images_below(Path(name), flag, passed_over, (ZIP, TAR, *extensions))
                 if parts := [extension for extension in skipped if PART.fullmatch(extension)]:
                     pieces = list(filter(PIECE.fullmatch, images_below(Path(name), flag, Counter(), parts)[0]))
                     skipped -= Counter(os.path.splitext(path)[1].lower() for path in pieces)
                     archives += pieces
                 others.update(skipped)
-                archives += [path for path in found if path.lower().endswith(ZIP)]
-                self._files += [path for path in found if not path.lower().endswith(ZIP)]
+                archives += [path for path in found if path.lower().endswith((ZIP, TAR))]
+                self._files += [path for path in found if not path.lower().endswith((ZIP, TAR))]
             elif os.path.exists(name):
                 archives.append(name)
             else:
@@ -88,20 +101,44 @@ class Archives:
 
     def _take(self, archives):
         """Fill `paths` and `_pieces`. An archive that is there as a whole is not read from its pieces."""
-        self.paths = [path for path in archives if not PIECE.fullmatch(path)]
-        pieces = defaultdict(list)
-        for match in filter(None, map(PIECE.fullmatch, archives)):
-            pieces[match[1]].append((int(match[2]), match[0]))
-        for path in sorted(pieces.keys() - {*self.paths}):
-            numbers, self._pieces[path] = zip(*sorted(pieces[path]), strict=True)
-            starts = accumulate(map(os.path.getsize, self._pieces[path][:-1]), initial=0)
-            for position, (number, start, piece) in enumerate(zip(numbers, starts, self._pieces[path], strict=True)):
+        divided = defaultdict(list)
+        for path in archives:
+            inside = self._in_tar(path) if _is_tar(path) else {path: None}
+            for name, piece in inside.items():
+                if match := PIECE.fullmatch(name):
+                    piece = piece or Piece(name, 0, os.path.getsize(name))
+                    divided[match[1]].append((int(match[2]), name, piece))
+                    continue
+                self.paths.append(name)
+                if piece:
+                    self._pieces[name] = [piece]
+        for path in sorted(divided.keys() - {*self.paths}):
+            numbers, names, pieces = zip(*sorted(divided[path]), strict=True)
+            starts = accumulate((piece.size for piece in pieces[:-1]), initial=0)
+            for position, (number, start, name) in enumerate(zip(numbers, starts, names, strict=True)):
                 if number not in (start, position):  # AI-Hub numbers them by where they start, in bytes
                     raise UserError(
-                        f"{self.flag}: a piece before {printable(piece)} is missing or cut short; download "
+                        f"{self.flag}: a piece before {printable(name)} is missing or cut short; download "
                         f"{printable(os.path.basename(path))} again, or name all of its pieces"
                     )
             self.paths.append(path)
+            self._pieces[path] = list(pieces)
+
+    def _in_tar(self, path):
+        """-> {name: Piece} of the zip archives, and the pieces of some, in a tar file."""
+        try:
+            with tarfile.open(path, "r:") as tar:
+                files = [
+                    (f"{path}/{info.name}", Piece(path, info.offset_data, info.size)) for info in tar if info.isreg()
+                ]
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(
+                f"{self.flag}: {printable(path)} is not a complete tar file ({error}); download it again"
+            ) from error
+        found = {name: piece for name, piece in files if name.lower().endswith(ZIP) or PIECE.fullmatch(name)}
+        if not found:
+            raise UserError(f"{self.flag}: there are no zip files in {printable(path)}; unpack it, and name its folder")
+        return found
 
     def _open(self, path) -> BinaryIO:
         return io.BufferedReader(_Joined(self._pieces[path])) if path in self._pieces else open(path, "rb")
@@ -131,14 +168,8 @@ class Archives:
         try:
             if path not in self._pieces and not os.path.isfile(path):
                 raise OSError("not a regular file")  # opening a named pipe would wait forever
-            with self._open(path) as file:
-                file.seek(TAR_MARK_AT)
-                if file.read(len(TAR_MARK)) == TAR_MARK:  # the list of the last zip file in it would be found
-                    raise UserError(
-                        f"{self.flag}: {printable(path)} is a tar file; unpack it (tar -xf), and name its folder"
-                    )
-                with zipfile.ZipFile(file) as archive:
-                    listed = archive.infolist()
+            with self._open(path) as file, zipfile.ZipFile(file) as archive:
+                listed = archive.infolist()
                 if any(info.header_offset < 0 for info in listed):
                     raise zipfile.BadZipFile("its beginning is missing")
                 return listed
@@ -168,7 +199,7 @@ class Archives:
         if member.archive < 0:
             return Path(member.name).read_bytes()
         if member.is_encrypted:
-            raise DamagedMember("encrypted in the archive")
+            raise DamagedMember("encrypted in the archive; unpack it")
         if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DamagedMember(f"packed by method {member.method}, which is not supported; unpack the archive")
         return _unpacked(self._packed(member), member)
@@ -191,11 +222,11 @@ class Archives:
 
 
 class _Joined(io.RawIOBase):
-    """The pieces of a file, read as if they were one. Only one of them is open: there may be many."""
+    """Pieces read as if they were one file. Only one of their files is open: there may be many."""
 
     def __init__(self, pieces):
-        self._pieces, self._position, self._opened, self._file = pieces, 0, None, None
-        self._ends = list(accumulate(map(os.path.getsize, pieces)))
+        self._pieces, self._position, self._path, self._file = pieces, 0, None, None
+        self._ends = list(accumulate(piece.size for piece in pieces))
 
     def readable(self):
         return True
@@ -214,21 +245,32 @@ class _Joined(io.RawIOBase):
         number = bisect_right(self._ends, self._position)
         if number == len(self._ends):
             return 0
-        if number != self._opened:
-            self._close_piece()
-            self._file, self._opened = open(self._pieces[number], "rb"), number  # noqa: SIM115 (closed below)
-        self._file.seek(self._position - (self._ends[number - 1] if number else 0))
-        count = self._file.readinto(buffer)
+        piece, left = self._pieces[number], self._ends[number] - self._position
+        if piece.path != self._path:
+            self._close_file()
+            self._file, self._path = open(piece.path, "rb"), piece.path  # noqa: SIM115 (closed below)
+        self._file.seek(piece.start + piece.size - left)
+        count = self._file.readinto(memoryview(buffer)[:left])
         self._position += count
         return count
 
     def close(self):
-        self._close_piece()
+        self._close_file()
         super().close()
 
-    def _close_piece(self):
+    def _close_file(self):
         if self._file:
             self._file.close()
+
+
+def _is_tar(path):
+    """Whether a file is a tar file, by its content: as a zip file, it would have the list of the last one in it."""
+    if not os.path.isfile(path):
+        return False
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(TAR_MARK_AT)
+        return file.read(len(TAR_MARK)) == TAR_MARK
+    return False
 
 
 def _unpacked(content, member):
@@ -256,5 +298,6 @@ def _decoded(info):
 
 
 def _is_of_system(member):
-    """Whether a file is what macOS and Windows put into archives, such as `__MACOSX/._a.json`."""
-    return any(part.startswith("._") or part.casefold() in SYSTEM_NAMES for part in member.parts)
+    """Whether a file is hidden, or what macOS and Windows put into archives, such as `__MACOSX/._a.json`."""
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in member.parts)
+    return hidden or any(part.casefold() in SYSTEM_NAMES for part in member.parts)

@@ -66,9 +66,9 @@ def test_korean_names_without_the_mark_of_utf_8_are_legible(tmp_path, encoding):
 
 
 def test_what_systems_add_to_archives_and_names_of_windows(tmp_path):
-    names = ["__MACOSX/._a.json", "x/._b.json", "label\\01\\c.json", ".DS_Store/d.json"]
+    names = ["__MACOSX/._a.json", "x/._b.json", "label\\01\\c.json", ".DS_Store/d.json", ".x/e.json", "../x/f.json"]
     archive = write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"{}"))
-    assert set(read_all(archive)) == {"c.json"}
+    assert set(read_all(archive)) == {"c.json", "f.json"}
 
 
 def damage(path, data, change):
@@ -180,11 +180,36 @@ def test_a_piece_that_was_cut_short_or_the_last_one_missing_is_an_error(tmp_path
         read_all(tmp_path)
 
 
-def test_a_tar_file_is_not_read_as_the_last_zip_file_in_it(tmp_path):
-    with tarfile.open(tmp_path / "download.tar", "w") as archive:
-        archive.add(write_zip(tmp_path / "TL.zip", CONTENT), "TL.zip")
-    with pytest.raises(UserError, match=r"download\.tar is a tar file; unpack it"):
-        read_all(tmp_path / "download.tar")
+def write_tar(path, *files):
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            archive.add(file, f"한국인 피부상태 측정 데이터/{'x' * 120}/{file.name}")
+    return path
+
+
+def test_zip_files_and_their_pieces_in_a_tar_file_are_read(tmp_path):
+    content = {f"img/{i}.json": bytes([i]) * 50 for i in range(8)}
+    whole = write_zip(tmp_path / "TL.zip", CONTENT)
+    pieces = divide(write_zip(tmp_path / "TS.zip", content), [0, 2, 10, 700])
+    (folder := tmp_path / "folder").mkdir()
+    tar = write_tar(folder / "download.tar", *pieces, whole)
+    expected = {f"{i}.json": bytes([i]) * 50 for i in range(8)} | {"a.json": b"first" * 100, "b.jpg": b"second"}
+    assert read_all(tar) == read_all(folder) == read_all(folder, tar) == expected
+    # under any name: a zip file's list is at its end, so that of the last one would be found
+    assert read_all(tar.rename(tmp_path / "받은파일")) == expected
+
+
+def test_tar_files_that_cannot_be_used_are_errors_that_name_them(tmp_path):
+    whole = write_zip(tmp_path / "TL.zip", CONTENT)
+    tar = write_tar(tmp_path / "download.tar", whole, whole)
+    with tarfile.open(tar) as archive:
+        last = archive.getmembers()[-1]
+    os.truncate(tar, last.offset_data + last.size - 1)
+    with pytest.raises(UserError, match=r"DOWNLOADED: .*download\.tar is not a complete tar file .*download it again"):
+        read_all(tar)
+    (tmp_path / "a.json").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"there are no zip files in .*download\.tar; unpack it"):
+        read_all(write_tar(tar, tmp_path / "a.json"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
