@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from images.archives import Archives
 
 DESCRIPTION = """Crop the facial areas of AI-Hub 71645, "Korean skin condition measurement", as downloaded:
-folders, or zip files, which are read without unpacking.
+download.tar, or a folder with TS.zip and TL.zip, also in pieces. Nothing is unpacked.
 
-python prepare_aihub.py TS.zip TL.zip --list
-python prepare_aihub.py TS.zip TL.zip --target forehead_wrinkle --output forehead
+python prepare_aihub.py DOWNLOADED --list
+python prepare_aihub.py DOWNLOADED --target forehead_wrinkle --output forehead
 python main.py --data_dirs forehead/images --labels forehead/labels.csv --label_column forehead_wrinkle
 """
 MAX_MEGAPIXELS = 200  # of a photograph, as in main.py
@@ -37,15 +37,25 @@ def bins(text: str) -> tuple[float, ...]:
 def build_parser() -> Parser:
     parser = Parser("prepare_aihub.py", DESCRIPTION)
     add = parser.add_argument
-    add("downloaded", nargs="+", action=PathsAction, metavar="DOWNLOADED", help="zip files and folders of the data set")
+    add(
+        "downloaded",
+        nargs="+",
+        action=PathsAction,
+        metavar="DOWNLOADED",
+        help="folders, zip files, pieces of zip files, and tar files of the data set",
+    )
     add("--list", action="store_true", help="show the targets with their counts per grade, and the instruments [off]")
     add(
         "--target",
         nargs="+",
         metavar="NAME",
-        help="crop the areas of these grades; a name without l_ and r_ means both sides [none]",
+        help="crop the areas of these grades, named as by --list; a name without l_ and r_ means both sides [none]",
     )
-    add("--equipment", metavar="NAME", help="crop the area of this instrument value, graded by --bins [none]")
+    add(
+        "--equipment",
+        metavar="NAME",
+        help="crop the area of this instrument value, named as by --list, graded by --bins [none]",
+    )
     add(
         "--bins",
         type=bins,
