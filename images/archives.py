@@ -69,7 +69,7 @@ class DamagedMember(Exception):
 
 
 class Archives:
-    """The files of folders and zip archives. The list of an archive is read once; each thread has its own handles."""
+    """The files of folders and zip archives. The list of an archive is read once; each thread has its own handle."""
 
     def __init__(self, names: Sequence[str | Path], extensions: Sequence[str], flag: str):
         """names: folders, in which archives are found at any depth, zip archives, their pieces, and tar files of them;
@@ -215,10 +215,15 @@ class Archives:
         return file.read(member.packed)
 
     def _handle(self, archive):
-        handles = self._handles.__dict__
-        if archive not in handles:
-            handles[archive] = self._open(self.paths[archive])  # closed when its thread ends
-        return handles[archive]
+        """-> the file of an archive. Each thread has one open, as there may be an archive of each person."""
+        last = self._handles.__dict__
+        if last.get("archive") != archive:
+            if "file" in last:
+                last.pop("file").close()
+            last["archive"] = None
+            last["file"] = self._open(self.paths[archive])  # closed when its thread ends
+            last["archive"] = archive
+        return last["file"]
 
 
 class _Joined(io.RawIOBase):

@@ -54,6 +54,20 @@ def test_the_list_of_an_archive_is_read_once_and_each_thread_opens_it_once(tmp_p
     assert len(listed) == 1 and 1 <= sum(str(call[0]) == str(archive) for call in opened) <= 4 + 1  # + the list
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts open files")
+def test_there_may_be_more_archives_than_files_can_be_open(tmp_path):
+    import resource
+
+    for i in range(60):
+        write_zip(tmp_path / f"{i}.zip", {f"{i}.json": b"{}"})
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, limits[1]))
+    try:
+        assert len(read_all(tmp_path)) == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("encoding", ["cp949", "utf-8"])
 def test_korean_names_without_the_mark_of_utf_8_are_legible(tmp_path, encoding):
     written = "디지털카메라/가.json".encode(encoding)
