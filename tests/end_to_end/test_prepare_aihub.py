@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def test_after_a_full_disk_the_same_command_makes_what_is_missing(data, tmp_path
     monkeypatch.setattr(Image.Image, "save", save_three)
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 2
     assert "No space left on device; the same command makes what is missing" in capsys.readouterr().err
+    # the command waits for no thread; here, unlike in its own process, they go on for a moment
+    wait_for(lambda: not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()))
     assert all(images.aihub_crops.is_complete(path) for path in out.rglob("*") if path.is_file())
     monkeypatch.setattr(Image.Image, "save", save)
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 0
