@@ -321,15 +321,16 @@ class Grader:
         return names + ["prediction_set", "uncertain"] + (["agreement"] if len(self.models) > 1 else []) + ["error"]
 
     def row(self, prediction: Prediction) -> list[str | int]:
-        """-> its row in a file with these columns. The classes of a set are written as {0/1}, as no folder has a / in
-        its name."""
+        """-> its row in a file with these columns. The classes of a set are written as {0/1}; a / in the name of a
+        class, which is of a table then, as \\/."""
         if prediction.error is not None:
             return [prediction.path] + [""] * (len(self.columns) - 2) + [prediction.error]
         row = [prediction.path, prediction.prediction, decimal(prediction.probability)]
         row += map(decimal, prediction.probabilities)
         row += [decimal(prediction.expected_grade)] if self.is_ordinal else []
         has_set = prediction.prediction_set is not None
-        row += [f"{{{'/'.join(prediction.prediction_set)}}}", int(prediction.uncertain)] if has_set else ["", ""]
+        names = [name.replace("/", "\\/") for name in prediction.prediction_set or []]
+        row += [f"{{{'/'.join(names)}}}", int(prediction.uncertain)] if has_set else ["", ""]
         row += [decimal(prediction.agreement)] if len(self.models) > 1 else []
         return [*row, ""]
 

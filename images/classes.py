@@ -4,18 +4,18 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from images.layout import enumerated
-from run.cli import UserError
+from run.cli import UserError, split_merge
 
 
 class ClassNames:
     """What the classes of the data are called in the training."""
 
     def __init__(self, merge: Sequence[str] | None = None, drop: Sequence[str] | None = None):
-        """merge: each "A,B=NAME"; drop: names. Raises UserError for a class that is listed twice."""
+        """merge: each as `split_merge` reads it; drop: names. Raises UserError for a class that is listed twice."""
         self.new_names, self.dropped = {}, set(map(_composed, drop or ()))
         for rule in merge or ():
-            names, _, new_name = rule.rpartition("=")
-            for name in names.split(","):
+            names, new_name = split_merge(rule)
+            for name in names:
                 name = _composed(name)
                 if name in self.new_names or name in self.dropped:
                     where = "in --merge and in --drop" if name in self.dropped else "twice"
@@ -28,7 +28,7 @@ class ClassNames:
 
     def check(self, found: Iterable[str]) -> None:
         """Raise UserError for a name in --merge or --drop that is not one of the classes `found`."""
-        found = set(found)
+        found = set(found) - {""}
         for flag, names in (("--merge", self.new_names), ("--drop", self.dropped - {""})):
             for name in names:
                 if name not in found:

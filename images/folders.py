@@ -328,7 +328,7 @@ def _numbered_folders(path, flag):
 
 
 def warn_of_similar_names(names: Sequence[str], flag: str) -> None:
-    """Print a line for the classes that differ only in case, leading zeros, spaces or forms of the same letter."""
+    """Print a line for the classes that differ only in case, zeros (01, 1.0), spaces or forms of the same letter."""
     similar = {}
     for name in names:
         similar.setdefault(_comparable(name), []).append(name)
@@ -336,15 +336,15 @@ def warn_of_similar_names(names: Sequence[str], flag: str) -> None:
     if groups:
         print(
             f"warning: {flag}: some classes have nearly the same name ({enumerated(groups)}) and are trained as "
-            "different classes; if they are one class, give their folders the same name"
+            "different classes; if they are one class, give them the same name, for example with --merge"
         )
 
 
 def _comparable(name):
-    """A class name without case, leading zeros, spaces, invisible characters and compatibility forms."""
+    """A class name without case, leading zeros, a final .0, spaces, invisible characters and compatibility forms."""
     name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     name = "".join(letter for letter in name if unicodedata.category(letter)[0] not in "ZC")
-    return re.sub(r"(?<!\d)0+(?=\d)", "", name)
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"(?<=\d)\.0+$", "", name))
 
 
 def _check_classes(names, found, folders, classes, flag, allow_missing):

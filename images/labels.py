@@ -1,7 +1,6 @@
 """A table of labels becomes an index: columns are chosen, images are found by their names below folders."""
 
 import argparse
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from images.folders import (
 from images.formats import HEIF_EXTENSIONS
 from images.layout import SPLIT_NAMES, enumerated
 from images.leakage import check_subjects
+from images.names import AMBIGUOUS, MISSING, match_names, similar_name
 from images.tables import FLAG, Table, read_tables
 from run.cli import UserError
 from run.files import PREDICTION_COLUMNS, printable
@@ -33,9 +33,8 @@ IMAGE_COLUMNS = ("image", "image_id", "img_id", "isic_id", "filename", "file", "
 LABEL_COLUMNS = ("label", "dx", "diagnosis", "diagnostic", "grade", "class")
 SUBJECT_COLUMNS = ("patient_id", "person_id", "subject_id", "lesion_id")  # the first one counts
 SPLIT_COLUMNS = ("split", "set")
-ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True}
+ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True, "FALSE": False, "TRUE": True}
 SHOWN_IMAGES = 5  # in a message
-MISSING, AMBIGUOUS = -1, -2
 
 
 @dataclass
@@ -71,7 +70,8 @@ def index_table(
     new_name = {label: names.of(label) for label in set(labels)}
     rows = np.flatnonzero([new_name[label] is not None for label in labels])
     if not rows.size:
-        raise UserError(f"--drop: no row of {_files(args)} is left; its classes are {enumerated(sorted(set(labels)))}")
+        known = enumerated(sorted(set(labels) - {""})) or "all empty"
+        raise UserError(f"--drop: no row of {_files(args)} is left; its classes are {known}")
     splits = _splits(table, columns.split, rows)
     if only and splits is not None:
         rows, splits = rows[splits == SPLITS.index(only)], splits[splits == SPLITS.index(only)]
@@ -111,6 +111,8 @@ def choose_columns(table: Table, args: argparse.Namespace) -> Columns:
     split = None
     if args.split_column or not (args.folds or args.eval_only):  # which make or need no splits
         split = _column(table, args, "split_column", SPLIT_COLUMNS, guessed, lambda name: _are_splits(table, name))
+    if split is None and args.split_column is None and not args.eval_only:
+        _warn_of_other_splits(table, args)
     labels = _label_columns(table, args, guessed, (image, subject, split))
     if guessed:
         listed = ", ".join(f"--{flag} {printable(name)}" for flag, name in guessed.items())
@@ -152,8 +154,8 @@ def _label_columns(table, args, guessed, others):
     names = [name for name in table.columns if name not in others and ONE_HOT.keys() >= set(table.columns[name])]
     if len(names) < 2:
         raise UserError(
-            f"--label_column: {_no_column(table, args, LABEL_COLUMNS)}, and there are no columns of 0 and 1; name the "
-            "one to use"
+            f"--label_column: {_no_column(table, args, LABEL_COLUMNS)}, and fewer than two columns are all 0 and 1; "
+            "name the one to use"
         )
     guessed["label_column"] = " ".join(names)
     return names
@@ -221,6 +223,20 @@ def _are_splits(table, column):
     return {cell.casefold() for cell in set(table.columns[column])} <= SPLIT_NAMES.keys()
 
 
+def _warn_of_other_splits(table, args):
+    """Print a line for each column that is called like one of splits, but is not used as such."""
+    for name in table.columns:
+        if name.casefold() not in SPLIT_COLUMNS:
+            continue
+        reason = "--folds makes the splits itself"
+        if not _are_splits(table, name):
+            i = next(i for i, cell in enumerate(table.columns[name]) if cell.casefold() not in SPLIT_NAMES)
+            reason = f"{table.columns[name][i]!r} ({table.place(i)}) is not train, val or test"
+        elif not args.folds:
+            continue
+        print(f"warning: {FLAG}: the splits in {printable(name)!r} are not used: {reason}")
+
+
 def _splits(table, column, rows):
     """-> (n,) int8, positions in SPLITS, or None. Raises UserError for another value."""
     if column is None:
@@ -268,91 +284,21 @@ def _find(table, column, rows, paths, folders, flag, skip_broken):
         first, second = (paths[i] for i in twins[row])
         raise UserError(
             f"{FLAG}: {cells[row]!r} ({table.place(row)}) is the name of {first} and of {second}; rename one of them, "
-            "or write their folders into the table"
+            "or write their folders and extensions into the table"
         )
-    _refuse_missing([cells[i] for i in rows[found == MISSING].tolist()], len(rows), folders, skip_broken, flag)
+    missing = [cells[i] for i in rows[found == MISSING].tolist()]
+    if missing:
+        _refuse_missing(missing, len(rows), similar_name(missing, paths), folders, skip_broken, flag)
     is_named = np.zeros(len(paths), bool)
     is_named[matched[matched >= 0]] = True
     if number := int((~is_named).sum()):
-        print(f"{FLAG}: {number} photographs below {_names(folders)} are in no row of the table")
+        print(f"{FLAG}: photographs below {_names(folders)} that no row names: {number}")
     return found
 
 
-def match_names(
-    cells: Sequence[str], paths: Sequence[str], folders: Sequence[str]
-) -> tuple[np.ndarray, dict[int, tuple[int, int]]]:
-    """Find images by their names in a table: with or without extension, with or without folders, in this case.
-
-    -> (positions in `paths` (N,) int64, MISSING or AMBIGUOUS, {row that is ambiguous: the first two images}). The name
-    of an image alone is enough if only one image has it. If the cell has folders, they must be those of the image.
-    """
-    paths = list(paths)
-    by_name, twins = _by_name(paths, _name)
-    stems, stem_twins = None, None
-    found, ambiguous = np.full(len(cells), MISSING, np.int64), {}
-    for row, cell in enumerate(cells):
-        cell = cell if cell.isascii() else unicodedata.normalize("NFC", cell)
-        cell = cell.replace("\\", "/") if "\\" in cell else cell
-        name = cell.rpartition("/")[2]
-        position, same = by_name.get(name, MISSING), twins.get(name)
-        has_extension = position >= 0
-        if not has_extension and name:
-            if stems is None:
-                stems, stem_twins = _by_name(paths, _stem)
-            position, same = stems.get(name, MISSING), stem_twins.get(name)
-        if position >= 0 and (same or name != cell):
-            same = same or [position]
-            if name != cell:
-                fits = [_fit(paths[i], cell, folders, has_extension) for i in same]
-                same = [i for i, fit in zip(same, fits, strict=True) if fit[0] and fit == max(fits)]
-            if len(same) > 1:
-                ambiguous[row] = same[0], same[1]
-            position = AMBIGUOUS if len(same) > 1 else same[0] if same else MISSING
-        found[row] = position
-    return found, ambiguous
-
-
-def _name(path):
-    name = path.rpartition(os.sep)[2]
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def _stem(path):
-    name = _name(path)
-    return name.rpartition(".")[0] or name
-
-
-def _by_name(paths, name_of):
-    """-> ({name: the first image}, {name: all images, if there are several})"""
-    first, several = {}, {}
-    for i, path in enumerate(paths):
-        name = name_of(path)
-        other = first.setdefault(name, i)
-        if other != i:
-            several.setdefault(name, [other]).append(i)
-    return first, several
-
-
-def _fit(path, cell, folders, has_extension):
-    """How well a path in the table fits an image, the higher the better; (0, 0): not at all.
-
-    It is the path of the image below its data folder, or its end, or it ends with that, as on another computer.
-    """
-    inside = [os.path.relpath(path, folder) for folder in folders if path.startswith(os.path.join(folder, ""))]
-    path, inside = (text.replace(os.sep, "/") for text in (path, min(inside, key=len) if inside else path))
-    path, inside = (unicodedata.normalize("NFC", text) for text in (path, inside))
-    if not has_extension:
-        path, inside = os.path.splitext(path)[0], os.path.splitext(inside)[0]
-    cell = cell.removeprefix("./").lstrip("/")
-    if f"/{path}".endswith(f"/{cell}"):
-        return 3 if inside == cell else 2, 0
-    return (1, len(inside)) if f"/{cell}".endswith(f"/{inside}") else (0, 0)
-
-
-def _refuse_missing(missing, total, folders, skip_broken, flag):
-    if not missing:
-        return
-    listed = ", ".join(map(printable, missing[:SHOWN_IMAGES])) + (", ..." if len(missing) > SHOWN_IMAGES else "")
+def _refuse_missing(missing, total, similar, folders, skip_broken, flag):
+    shown = [printable(name) or "(an empty cell)" for name in missing[:SHOWN_IMAGES]]
+    listed = ", ".join(shown) + (", ..." if len(missing) > SHOWN_IMAGES else "") + similar
     text = f"{FLAG}: {len(missing)} of {total} images are not below {_names(folders)}: {listed}"
     if len(missing) == total:
         raise UserError(f"{text}; check --image_column and {flag}")

@@ -24,6 +24,7 @@ MAX_SHARED = 2**16  # different texts of a column
 SHOWN_COLUMNS, SHOWN_ROWS = 30, 5  # in a message
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 OLD_EXCEL, ZIP = b"\xd0\xcf\x11\xe0", b"PK\x03\x04"  # how the files of Excel begin, before 2007 and since
+OLD_EXCEL_PROBLEM = "is an Excel file of the old format, or has a password; save it as .xlsx without one, or as CSV"
 
 
 class Table:
@@ -146,9 +147,10 @@ def _blocks(path, header, records, start) -> Iterator[tuple[Sequence[int], list[
 def _of_width(cells, path, number, header):
     width = len(header)
     if len(cells) < width or any(cells[width:]):
+        advice = "complete the row" if len(cells) < width else "quote cells that contain the separator"
         raise UserError(
             f"{FLAG}: {printable(path)}, row {number} has {len(cells)} cells, but the header has {width} "
-            f"({_listed(header)}); quote cells that contain the separator"
+            f"({_listed(header)}); {advice}"
         )
     return cells[:width]
 
@@ -193,7 +195,7 @@ def _refuse_other_kinds(path, content):
     elif content.startswith(ZIP):
         problem = "is an Excel file or another zip file; if it is an Excel file, rename it to end in .xlsx"
     elif content.startswith(OLD_EXCEL):
-        problem = "is an Excel file of the old format; save it as .xlsx or as CSV"
+        problem = OLD_EXCEL_PROBLEM
     if problem:
         raise UserError(f"{FLAG}: {printable(path)} {problem}")
 
@@ -243,11 +245,15 @@ def _excel_rows(path) -> Iterator[list[str]]:
             f"{FLAG}: to read {printable(path)}, install the package openpyxl (pip install openpyxl), or save it as CSV"
         ) from error
     try:
+        with open(path, "rb") as file:
+            if file.read(len(OLD_EXCEL)) == OLD_EXCEL:
+                raise UserError(f"{FLAG}: {printable(path)} {OLD_EXCEL_PROBLEM}")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheets = book.worksheets
         if len(sheets) > 1:
             print(f"{FLAG}: {printable(path)} has {len(sheets)} sheets; the first one, {sheets[0].title!r}, is read")
         width = 0
+        sheets[0].reset_dimensions()  # those of some programs are wrong: rows would be cut off or filled up
         for cells in sheets[0].iter_rows(values_only=True):
             texts = list(map(_text_of_cell, cells))
             while texts and not texts[-1]:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import csv
 import glob
 import math
 import multiprocessing
@@ -348,10 +349,19 @@ def regex(text: str) -> str:
 
 def class_merge(text: str) -> str:
     """An argparse type: classes that become one, as A,B=NAME."""
-    names, equals, merged = text.rpartition("=")
-    if not (equals and merged.strip() and all(name.strip() for name in names.split(","))):
+    try:
+        names, merged = split_merge(text)
+    except csv.Error:  # a line end outside of quotes
+        names, merged = [], ""
+    if not (names and all(map(str.strip, [*names, merged]))):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A,B=NAME")
     return text
+
+
+def split_merge(text: str) -> tuple[list[str], str]:
+    """'A,B=NAME' -> (["A", "B"], "NAME"). A name with a comma is quoted, as in a CSV file: '"A, B",C=NAME'."""
+    names, _, merged = text.rpartition("=")
+    return next(csv.reader([names], skipinitialspace=True), []), merged
 
 
 def boolean(text: str) -> bool:
