@@ -158,8 +158,8 @@ def splits_to_evaluate(args: argparse.Namespace, checkpoint: dict) -> dict[str, 
     Only test if it comes from elsewhere and the data of the checkpoint are not on this machine.
     """
     trained_flags, replaced = checkpoint["args"], replaced_splits(args, checkpoint["args"])
-    if args.labels and not replaced:
-        raise UserError("--labels: name the folder of its images with --test_dirs; the checkpoint has its own labels")
+    if args.labels and replaced != ["test"]:
+        raise UserError("--labels: name the folder of its images with --test_dirs; omit other folders")
     splits = {split: _index_to_test(args, split, checkpoint["classes"]) for split in replaced}
     check_duplicates([path for index in splits.values() for path in index.paths], "--val_dirs / --test_dirs")
     kept = [split for split in ("val", "test") if split not in replaced]

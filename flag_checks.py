@@ -212,8 +212,8 @@ RULES = (
         "--image_column / --label_column / --subject_column / --split_column: name the table with --labels FILE",
     ),
     (
-        ("labels", "val_dirs"),
-        lambda a: a.labels and (a.val_dirs or (a.test_dirs and not a.eval_only)),
+        ("labels",),
+        lambda a: a.labels and (a.val_dirs or a.test_dirs) and not a.eval_only,  # of which it may have inherited some
         "--labels: its images are found below --data_dirs, or with --eval_only below --test_dirs; omit the other "
         "folders, and name a column of published splits with --split_column",
     ),

@@ -324,11 +324,12 @@ def _subgroup_table(column, found):
     """One row per group of a column, and the largest gap."""
     rows = []
     for group in found["groups"]:
-        cells = [TOO_FEW, "", ""]
+        cells = ["", TOO_FEW, "", ""]
         if "acc" in group:
-            cells = [_cell(group, name, bar=name == "balanced_acc") for name in SUBGROUP_METRICS]
+            cells = [group["classes"]]
+            cells += [_cell(group, name, bar=name == "balanced_acc") for name in SUBGROUP_METRICS]
         rows.append([shortened(group["value"], LONGEST_NAME), group["images"], *cells])
-    heads = ["value", "test images", *SUBGROUP_METRICS.values()]
+    heads = ["value", "test images", "classes", *SUBGROUP_METRICS.values()]
     return {"column": column, "heads": heads, "rows": rows, "gap": found["gap"]}
 
 

@@ -13,10 +13,12 @@ from run.files import printable, write_csv
 
 SUBGROUPS_FILE = "subgroups.csv"
 METRICS = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}
-COLUMNS = ("column", "value", "images", *(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")), "note")
+METRIC_COLUMNS = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+COLUMNS = ("column", "value", "images", *METRIC_COLUMNS, "note", "classes")
 MIN_IMAGES = 10  # of a group with metrics
 MAX_NUMBERS = 20  # different numbers of a column; more are cut into quartiles
 MAX_GROUPS = 50  # with metrics, of a column
+MAX_VALUES = 1000  # of a column, those of small groups too
 NOT_STATED, TOO_FEW = "(empty)", "too few"
 
 
@@ -67,16 +69,19 @@ def subgroup_metrics(
     """Metrics of the groups of N images that a column makes, with 95 % intervals by `Bootstrap`.
 
     cells: N; targets: (N,) int; probabilities: (N, C); subjects: (N,) int or None. The bootstrap is stratified by class
-    and group. -> {"groups": [{"value", "images", and unless there are fewer than MIN_IMAGES: balanced_acc, macro_f1,
-    acc, each with `_ci`}], "gap": None, or {"high", "low": the two groups, "value": balanced accuracy of the first
-    minus that of the second, over the classes that both have, "ci", "classes"}}. Raises UserError for too many groups.
+    and group. -> {"groups": [{"value", "images", and unless there are fewer than MIN_IMAGES: "classes", how many occur,
+    and balanced_acc, macro_f1, acc, each with `_ci`}], "gap": None, or {"high", "low": the groups, "value": balanced
+    accuracy of the first minus that of the second, over the classes that both have, "ci", "classes"}}. Raises UserError
+    for too many values.
     """
     group_of, names = groups_of(cells)
+    if len(names) > MAX_VALUES:
+        raise UserError(f"{len(names)} different values, more than {MAX_VALUES}")
     counts = np.bincount(group_of, minlength=len(names))
     groups = [{"value": name, "images": int(count)} for name, count in zip(names, counts, strict=True)]
     large = np.flatnonzero(counts >= MIN_IMAGES)
     if len(large) > MAX_GROUPS:
-        raise UserError(f"{len(large)} different values, more than {MAX_GROUPS}")
+        raise UserError(f"{len(large)} different values of at least {MIN_IMAGES} images, more than {MAX_GROUPS}")
     if not len(large):
         return {"groups": groups, "gap": None}
     chosen = np.isin(group_of, large)
@@ -96,6 +101,8 @@ def subgroup_metrics(
         for g, value, interval in zip(large, estimate[name][0].tolist(), intervals, strict=True):
             groups[g] |= {name: value, f"{name}_ci": interval}
     support = np.bincount(strata, minlength=len(large) * len(classes)).reshape(len(large), -1)
+    for g, present in zip(large, (support > 0).sum(axis=1).tolist(), strict=True):
+        groups[g]["classes"] = present
     gap = _largest_gap(estimate["recall"][0], resampled["recall"], support > 0)
     if gap:
         gap["high"], gap["low"] = (names[large[g]] for g in (gap["high"], gap["low"]))
@@ -164,7 +171,7 @@ def write_subgroups(path: str | Path, found: Mapping[str, Mapping]) -> None:
         for group in result["groups"]:
             row = {"column": column, "value": group["value"], "images": group["images"], "note": TOO_FEW}
             if "acc" in group:
-                row["note"] = ""
+                row |= {"note": "", "classes": group["classes"]}
                 for name in METRICS:
                     row |= {name: group[name], f"{name}_low": group[f"{name}_ci"][0]}
                     row[f"{name}_high"] = group[f"{name}_ci"][1]
@@ -172,6 +179,7 @@ def write_subgroups(path: str | Path, found: Mapping[str, Mapping]) -> None:
         if gap := result["gap"]:
             row = {"column": column, "value": f"{gap['high']} minus {gap['low']}", "note": "largest gap"}
             row |= {"balanced_acc": gap["value"], "balanced_acc_low": gap["ci"][0], "balanced_acc_high": gap["ci"][1]}
+            row["classes"] = len(gap["classes"])
             rows.append(row)
     write_csv(path, COLUMNS, rows)
 

@@ -212,8 +212,8 @@ def _targets(labels, classes, table, rows):
     elif unknown := [name for name in found if name not in classes]:
         row = rows[labels.index(unknown[0])]
         raise UserError(
-            f"{FLAG}: class {unknown[0]!r} ({table.place(row)}) is not one of the classes {', '.join(classes)}; leave "
-            "it out with --drop, or merge it with --merge"
+            f"{FLAG}: class {unknown[0]!r} ({table.place(row)}) is not one of the classes "
+            f"{', '.join(map(printable, classes))}; rename it, or leave it out with --drop"
         )
     position = {name: i for i, name in enumerate(classes)}
     return np.array([position[label] for label in labels], np.int64), list(classes)

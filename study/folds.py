@@ -1,6 +1,7 @@
 """Cross-validation: each fold as a run of its own, then mean and spread over them and all test images together."""
 
 import argparse
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from evaluation import print_metrics
 from flag_checks import parse_flags
 from flag_queries import is_neutral, is_ordinal
+from images.folders import ImageIndex
 from images.splits import index_data
 from resume import run_folder
 from run.cli import UserError
@@ -69,13 +71,22 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     """Raise UserError if the folds were started with other flags or images; `path` keeps those of the first time."""
     index = None if args.demo else index_data(args)
     images = index and dict(zip(index.classes, index.counts().tolist(), strict=True))
-    current = {"flags": vars(args), "images": images}
+    current = {"flags": vars(args), "images": images, "table": index and _digest_of_table(index)}
     previous = read_json(path) if path.exists() else current
     compared = {name: value for name, value in vars(args).items() if not is_neutral(name)}
     check_same_settings(
-        {**previous["flags"], "images": previous["images"]},
-        {**compared, "images": images},
+        {**previous["flags"], **{name: previous[name] for name in ("images", "table") if name in previous}},
+        {**compared, "images": images, "table": current["table"]},
         "--run_dir",
         f"the cross-validation in {path.parent}",
     )
     write_json(path, previous)
+
+
+def _digest_of_table(index: ImageIndex):
+    """-> what changes with the images, labels and subjects of a table, in their order: then the folds are others."""
+    if index.columns is None:
+        return None
+    subjects = [index.columns[index.subject_column].letters] if index.subject_column else []
+    content = [array.tobytes() for array in (index.paths.letters, index.targets, *subjects)]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,8 @@ def test_the_checkpoint_is_tested_on_a_new_table(run, data, tmp_path, thin_netwo
     assert "val_predictions.csv" in {path.name for path in (tmp_path / "new").iterdir()}
     assert run_main(*flags[:3], "--labels", data[1]) == 2
     assert "--labels: name the folder of its images with --test_dirs" in capsys.readouterr().err
+    assert run_main(*flags, "--val_dirs", folder) == 2
+    assert "--labels: name the folder of its images with --test_dirs; omit other" in capsys.readouterr().err
 
 
 def test_published_splits_merged_classes_and_folders(data, tmp_path, thin_network, capsys):
@@ -157,8 +160,20 @@ def test_folders_are_merged_and_dropped_in_a_run_that_is_resumed(data_dir, tmp_p
     assert "subject_column" not in results
 
 
+def test_a_model_of_published_folders_is_tested_on_a_table(data, tmp_path, thin_network):
+    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+        for number, label in enumerate(("dry", "oily")):
+            write_images(tmp_path / "published" / split / label, count, COLORS[label], 10 * count + number)
+    run_dir = tmp_path / "run"
+    assert run_main("--data_dirs", tmp_path / "published", *FLAGS, "--epochs", 1, "--run_dir", run_dir) == 0
+    flags = ["--eval_only", "--resume", run_dir / "best_model.pth", "--test_dirs", data[0], "--labels", data[1]]
+    assert run_main(*flags, "--drop", "mixed", "--run_dir", tmp_path / "eval") == 0
+    splits = json.loads((tmp_path / "eval" / "splits.json").read_text())
+    assert {name: len(paths) for name, paths in splits.items()} == {"val": 4, "test": 32}
+
+
 def test_subjects_of_a_table_in_a_cross_validation(data, tmp_path, thin_network, capsys):
-    folder, table = data
+    folder, table = data[0], shutil.copy(data[1], tmp_path)
     flags = ["--data_dirs", folder, "--labels", table, *FLAGS, "--epochs", 1, "--folds", 2]
     assert run_main(*flags, "--run_dir", tmp_path / "cv") == 0
     rows = [row for fold in (0, 1) for row in read_rows(tmp_path / "cv" / f"fold_{fold}" / "test_predictions.csv")]
@@ -179,6 +194,14 @@ def test_subjects_of_a_table_in_a_cross_validation(data, tmp_path, thin_network,
     _, targets, probabilities = map(np.concatenate, zip(*(read_predictions(f, classes) for f in files), strict=True))
     alone = full_metrics(targets, probabilities, classes, [10] * 3)
     assert alone["nll"] == pytest.approx(pooled["nll"]) and alone["nll_ci"] != pooled["nll_ci"]
+    # with the subjects of two images exchanged, there are as many images of each class, but in other folds
+    text = Path(table).read_text(encoding="cp949")
+    assert "dry_00,p0_0," in text and "dry_02,p0_1," in text
+    text = text.replace("dry_00,p0_0,", "dry_00,p0_1,").replace("dry_02,p0_1,", "dry_02,p0_0,")
+    Path(table).write_text(text, encoding="cp949")
+    capsys.readouterr()
+    assert run_main(*flags, "--run_dir", tmp_path / "cv", "--auto_resume") == 2
+    assert "was started with other settings (table)" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -235,7 +258,7 @@ def test_predictions_are_compared_with_a_table(run, data, tmp_path, thin_network
     results = json.loads((run[0] / "results.json").read_text())["test"]
     interval = format_with_interval(results["balanced_acc"], results["balanced_acc_ci"])
     assert f"{len(paths)} photographs with a label: balanced accuracy {interval}" in out
-    assert "balanced accuracy by 성별: " in out and "1 photographs below" in out
+    assert "balanced accuracy by 성별: " in out and "that no row names: 1\n" in out
     *rows, unknown = read_rows(output)
     trained = read_rows(run[0] / "test_predictions.csv")
     assert [[row[name] for name in ("label", "correct", "age")] for row in rows] == [

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import filelock
 import numpy as np
@@ -31,6 +32,7 @@ METHODS = {
     "copies": ["--use_augmentation", "--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--grad_accum", "2", "--tta"],
     "stages": ["--sampling", "progressive", "--drw_epoch", "1", "--crt_epochs", "1", "--train_loss", "ldam"],
     "long": ["--use_augmentation", "--save_every", "2", "--progressive"],
+    "table": ["--split", "0.5", "0.25", "0.25", "--subgroup_columns", "side", "--epochs", "1"],  # and --labels
     "own_statistics": ["--no-sync_bn", "--epochs", "1"],
 }
 
@@ -88,11 +90,17 @@ def images(folder):
 def train_by_every_method(folder):
     """Runs in `<method>_<number of processes>`, and those of more commands by two processes."""
     images = write_class_folders(folder / "images", COUNTS)
+    table = folder / "labels.csv"
+    table.write_text(
+        "image,label,person_id,side\n"
+        + "".join(f"{name}/{i:03d},{name},{name}_{i // 2},{i % 2}\n" for name in COUNTS for i in range(COUNTS[name]))
+    )
+    with_table = {"table": [*METHODS["table"], "--labels", table]}
 
     def start(processes, *more):
         commands = [
             ["--data_dirs", images, *COMMON, *flags, "--run_dir", folder / f"{method}_{processes}"]
-            for method, flags in METHODS.items()
+            for method, flags in (METHODS | with_table).items()
         ]
         path = folder / f"{processes}.json"
         path.write_text(json.dumps([*commands, *more], default=str))
@@ -126,6 +134,22 @@ def test_several_processes_train_as_one_does(folder, method, processes):
                 if name.startswith("prob_"):
                     assert float(row[name]) == pytest.approx(float(expected[name]), abs=1e-4)
     assert (together / "splits.json").read_bytes() == (alone / "splits.json").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_keep_the_subjects_of_a_table_apart(folder, processes):
+    alone, together = (folder / f"table_{number}" for number in (1, processes))
+    splits = json.loads((together / "splits.json").read_text())
+    # two images of a subject, whose numbers are in the order of the images
+    subjects = [{(Path(path).parent.name, int(Path(path).stem) // 2) for path in paths} for paths in splits.values()]
+    assert sum(map(len, subjects)) == len(set.union(*subjects)) == 10 + 5 + 3
+    rows, expected = (read_rows(run / "test_predictions.csv") for run in (together, alone))
+    columns = [[(row["person_id"], row["side"]) for row in of_run] for of_run in (rows, expected)]
+    assert columns[0] == columns[1] and {name for name, _ in columns[0]} == {f"{c}_{i}" for c, i in subjects[2]}
+    files = [read_rows(run / "subgroups.csv") for run in (together, alone)]
+    assert [(row["value"], row["images"]) for row in files[0]] == [(row["value"], row["images"]) for row in files[1]]
+    checkpoints = [load_checkpoint(run / LAST)["table"] for run in (together, alone)]
+    assert all(checkpoint["subject_column"] == "person_id" for checkpoint in checkpoints)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

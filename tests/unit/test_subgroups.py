@@ -59,7 +59,9 @@ def test_a_gap_is_that_of_the_classes_that_both_groups_have():
     targets = np.array([0] * 10 + [1] * 10 + [0] * 10)
     cells = ["x"] * 20 + ["y"] * 10
     probabilities = np.eye(2)[[0] * 10 + [0] * 10 + [0] * 5 + [1] * 5]
-    gap = subgroup_metrics(cells, targets, probabilities, ["a", "b"])["gap"]
+    result = subgroup_metrics(cells, targets, probabilities, ["a", "b"])
+    gap = result["gap"]
+    assert [group["classes"] for group in result["groups"]] == [2, 1]
     assert gap["value"] == 0.5 and gap["classes"] == ["a"] and (gap["high"], gap["low"]) == ("x", "y")
 
 
@@ -77,7 +79,10 @@ def test_whole_subjects_are_drawn(outputs):
 def test_too_many_groups_are_refused():
     cells = [f"clinic {i // 10}" for i in range(10 * (MAX_GROUPS + 1))]
     targets = np.arange(len(cells)) % 2
-    with pytest.raises(UserError, match="51 different values, more than 50"):
+    with pytest.raises(UserError, match="51 different values of at least 10 images, more than 50"):
+        subgroup_metrics(cells, targets, np.eye(2)[targets], ["a", "b"])
+    cells, targets = [f"lesion {i}" for i in range(1001)], np.arange(1001) % 2
+    with pytest.raises(UserError, match="1001 different values, more than 1000"):
         subgroup_metrics(cells, targets, np.eye(2)[targets], ["a", "b"])
     assert subgroup_metrics(["a"] * 9, np.zeros(9, int), np.eye(2)[[0] * 9], ["a", "b"])["gap"] is None
 

@@ -1,10 +1,12 @@
 """--merge and --drop."""
 
+import argparse
+
 import pytest
 
 from images.classes import ClassNames
 from images.folders import index_folders
-from run.cli import UserError
+from run.cli import UserError, class_merge
 
 
 def test_classes_are_merged_and_dropped():
@@ -25,6 +27,13 @@ def test_classes_are_merged_and_dropped():
 def test_a_wrong_name_is_refused(merge, drop, message):
     with pytest.raises(UserError, match=message):
         ClassNames(merge, drop).check(["2", "0", "1"])
+
+
+def test_a_name_with_a_comma_is_quoted():
+    names = ClassNames(['"x, y", z=a=b', "c=d"])
+    assert names.merged() == {"b": ["x, y", "z=a"], "d": ["c"]}
+    with pytest.raises(argparse.ArgumentTypeError, match="is not of the form A,B=NAME"):
+        class_merge("a\nb=c")
 
 
 def test_class_folders_are_merged_and_dropped(data_dir):

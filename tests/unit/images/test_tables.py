@@ -2,6 +2,7 @@
 
 import sys
 import tracemalloc
+from zipfile import ZipFile
 
 import pytest
 
@@ -77,12 +78,15 @@ NO_TABLES = {
     "a header only": (b"image,label\n", "has a header, but no rows"),
     "an HTML page": (b"\xef\xbb\xbf <!DOCTYPE html><html>", "is an HTML page"),
     "an Excel file by another name": (b"PK\x03\x04\0\0", "rename it to end in .xlsx"),
-    "an old Excel file": (b"\xd0\xcf\x11\xe0\xa1\xb1", "save it as .xlsx or as CSV"),
+    "an old Excel file": (b"\xd0\xcf\x11\xe0\xa1\xb1", "or has a password; save it as .xlsx without one"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "another encoding": ("image,label\na,é\xff\n".encode("latin-1"), "is not text in UTF-8, UTF-16 or CP949"),
     "a binary file": (bytes(range(256)) * 5, "is not text in UTF-8, UTF-16 or CP949"),
-    "a short row": (b"image,label,age\na,1,2\nb,1\n", "row 3 has 2 cells, but the header has 3 \\(image, label, age"),
-    "a long row": (b"image,label\na,1,2\n", "row 2 has 3 cells"),
+    "a short row": (
+        b"image,label,age\na,1,2\nb,1\n",
+        "row 3 has 2 cells, but the header has 3 \\(image, label, age\\); complete",
+    ),
+    "a long row": (b"image,label\na,1,2\n", "row 2 has 3 cells.*; quote"),
     "an open quote": (b'image,label\na,1\nb,"2\nc,3\n', "line 4 ends in an unbalanced quote"),
     "a column twice": (b"image,label,label\na,1,2\n", "two columns 'label'"),
 }
@@ -116,6 +120,16 @@ def test_excel_files_are_read_with_openpyxl(tmp_path, capsys):
         (tmp_path / "no.xlsx").write_bytes(content)
         with pytest.raises(UserError, match=r"no.xlsx is not an Excel file"):
             read_tables([tmp_path / "no.xlsx"])
+    (tmp_path / "no.xlsx").write_bytes(NO_TABLES["an old Excel file"][0])
+    with pytest.raises(UserError, match=r"no.xlsx is an Excel file of the old format, or has a password"):
+        read_tables([tmp_path / "no.xlsx"])
+    for stated in (b"A1", b"A1:XFD1048576"):  # the size of the sheet, as some programs write it
+        with ZipFile(tmp_path / "t.xlsx") as book, ZipFile(tmp_path / "stated.xlsx", "w") as other:
+            for name in book.namelist():
+                content = book.read(name).replace(b'<dimension ref="A1:C4"', b'<dimension ref="%s"' % stated)
+                other.writestr(name, content)
+                assert name != "xl/worksheets/sheet1.xml" or stated in content
+        assert read_tables([tmp_path / "stated.xlsx"]).columns == table.columns
 
 
 def test_without_openpyxl_an_excel_file_names_the_package(tmp_path, monkeypatch):
