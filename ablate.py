@@ -56,8 +56,8 @@ def run(argv: list[str]) -> None:
     from study.comparison import write_comparison
 
     with Signals() as signals, open_or_create_folder(args.ablate_dir, "--ablate_dir") as folder:
-        runs, num_images = plan_runs(args, main_flags, grid, folder)
-        check_and_record_runs(folder / "ablation.json", runs, num_images)
+        runs, num_images, table = plan_runs(args, main_flags, grid, folder)
+        check_and_record_runs(folder / "ablation.json", runs, num_images, table)
         train_runs(runs, args.jobs, signals)
         write_comparison(folder, runs, baseline, args.seeds)
 

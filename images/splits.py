@@ -243,7 +243,8 @@ def _folds(positions, folds, targets, subjects, seed):
             drawn = list(splitter.split(positions, targets[positions], groups))
         except ValueError as error:
             few = "images" if subjects is None else "images or subjects"
-            raise UserError(f"--folds / --split / --group_regex / --subject_column: too few {few} for {folds} folds ({error})") from error
+            flags = "--folds / --split / --group_regex / --subject_column"
+            raise UserError(f"{flags}: too few {few} for {folds} folds ({error})") from error
     return [positions[chosen] for _, chosen in drawn]
 
 

@@ -1,5 +1,6 @@
 """The labels of a table in a checkpoint, so that a resumed run needs the table no more."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,3 +55,18 @@ def with_table(splits: dict[str, ImageIndex], checkpoint: Mapping[str, Any]) -> 
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError("--resume: the table of labels in the checkpoint is damaged; restore the file") from error
     return restored
+
+
+def table_digest(splits: Mapping[str, ImageIndex]) -> str | None:
+    """-> what changes with the images, labels and subjects of a table, in their order; None if the classes are folders.
+
+    With another table, folds and seeds would be of other splits, and comparisons of other labels.
+    """
+    if all(index.columns is None for index in splits.values()):
+        return None
+    digest = hashlib.sha256()
+    for index in splits.values():
+        subjects = [index.columns[index.subject_column].letters] if index.subject_column else []
+        for array in (index.paths.letters, index.targets, *subjects):
+            digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ from flag_checks import parse_flags
 from images.decode import limit_image_size
 from images.folders import ImageIndex
 from images.splits import make_splits
+from images.table_state import table_digest
 from run.cli import UserError
 from run.files import read_json, read_rows, write_json
 from run.signals import Signals
@@ -42,8 +43,8 @@ class MethodRun:
 
 def plan_runs(
     args: argparse.Namespace, main_flags: list[str], grid: Mapping[str, str], ablate_dir: Path
-) -> tuple[list[MethodRun], int]:
-    """-> (runs, seed by seed, number of images). Reads the images once, to count the steps of an epoch.
+) -> tuple[list[MethodRun], int, str | None]:
+    """-> (runs, seed by seed; number of images; `table_digest` of them). Reads the images once, to count the steps.
 
     args: of ablate.py; main_flags: of main.py, for all runs; grid: {method: its flags}. Raises UserError, naming the
     method, for flags that do not fit the images.
@@ -70,7 +71,7 @@ def plan_runs(
         runs.append(MethodRun(method, seed, [*common, *flags_of[method], "--seed", str(seed)], folder))
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("--grid / --seeds: two runs would share a folder; use distinct seeds and method names")
-    return runs, sum(map(len, splits.values()))
+    return runs, sum(map(len, splits.values())), table_digest(splits)
 
 
 def with_same_steps(
@@ -107,22 +108,26 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name.lower())
 
 
-def check_and_record_runs(path: Path, runs: list[MethodRun], num_images: int) -> None:
-    """Raise UserError if the runs in the folder of `path` were started with other flags or images, else note theirs."""
+def check_and_record_runs(path: Path, runs: list[MethodRun], num_images: int, table: str | None = None) -> None:
+    """Raise UserError if the runs in the folder of `path` were started with other flags or images, else note theirs.
 
-    def settings(num_images, flags):
-        return {"number of images": num_images} | {f"flags of {name}": shlex.join(flags[name]) for name in flags}
+    table: `table_digest` of the images.
+    """
+
+    def settings(num_images, flags, table):
+        flags = {f"flags of {name}": shlex.join(flags[name]) for name in flags}
+        return {"number of images": num_images, "table": table} | flags
 
     flags = {run.folder.name: run.flags for run in runs}
-    previous = read_json(path) if path.exists() else {"images": num_images, "flags": {}}
+    previous = read_json(path) if path.exists() else {"images": num_images, "table": table, "flags": {}}
     try:
-        previous_settings = settings(previous["images"], previous["flags"])
+        previous_settings = settings(previous["images"], previous["flags"], previous.get("table", table))
     except (KeyError, TypeError) as error:
         raise UserError(f"--ablate_dir: {path} is damaged; choose another --ablate_dir") from error
     check_same_settings(
-        previous_settings, settings(num_images, flags), "--ablate_dir", f"the ablation in {path.parent}"
+        previous_settings, settings(num_images, flags, table), "--ablate_dir", f"the ablation in {path.parent}"
     )
-    write_json(path, {"images": num_images, "flags": {**previous["flags"], **flags}})
+    write_json(path, {"images": num_images, "table": table, "flags": {**previous["flags"], **flags}})
 
 
 def train_runs(runs: list[MethodRun], jobs: int, signals: Signals) -> None:

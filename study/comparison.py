@@ -227,7 +227,8 @@ def write_comparison(folder: Path, runs: list[MethodRun], baseline: str, seeds: 
     table = compare_methods(evaluated, baseline)
     table.sort(key=lambda row: row["method"] != baseline)  # the baseline first, the others in the order of the grid
     write_runs(folder / "ablation.csv", evaluated)
-    text = markdown(table, baseline, seeds)
+    has_subjects = any(run.subjects for run in itertools.chain.from_iterable(evaluated.values()))
+    text = markdown(table, baseline, seeds, has_subjects)
     with atomic_write(folder / "ablation.md") as file:
         file.write(text)
     plot(folder / "ablation.png", table)
@@ -249,8 +250,8 @@ def write_runs(path: Path, evaluated: Mapping[str, Sequence[EvaluatedRun]]) -> N
     write_csv(path, list(rows[0]), rows)
 
 
-def markdown(table: Sequence[dict], baseline: str, seeds: Sequence[int]) -> str:
-    """-> the table of the methods and an explanation of its columns."""
+def markdown(table: Sequence[dict], baseline: str, seeds: Sequence[int], has_subjects: bool = False) -> str:
+    """-> the table of the methods and an explanation of its columns. has_subjects: whether they are drawn whole."""
     rarest = next(list(row["recalls"]) for row in table if row["recalls"])
     heads = [
         "method", *METRICS.values(), f"difference from {baseline}", "p", *(f"recall {name}" for name in rarest),
@@ -258,9 +259,10 @@ def markdown(table: Sequence[dict], baseline: str, seeds: Sequence[int]) -> str:
     ]  # fmt: skip
     lines = [_table_row(heads), f"|{' --- |' * len(heads)}"]
     lines += [_table_row(_cells(row, rarest, row["method"] == baseline, len(seeds))) for row in table]
+    drawn = "subjects, each with all its images" if has_subjects else "images"
     explanation = (
         f"Metrics of the test images, mean over seeds {' '.join(map(str, seeds))}. In brackets: 95 % intervals of a "
-        "bootstrap over images (stratified by class) and seeds. ±: standard deviation over the seeds. Difference and "
+        f"bootstrap over {drawn} (stratified by class) and seeds. ±: standard deviation over the seeds. Difference and "
         "p: balanced accuracy, paired, with the number of seeds that agree on the sign; p is corrected for the number "
         "of methods (Holm). With few seeds, intervals and p say little about what another training would give, and "
         "with one seed nothing. Post hoc: balanced accuracy after logit adjustment with tau, fitted on the validation "

@@ -1,7 +1,6 @@
 """Cross-validation: each fold as a run of its own, then mean and spread over them and all test images together."""
 
 import argparse
-import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +9,8 @@ from pathlib import Path
 from evaluation import print_metrics
 from flag_checks import parse_flags
 from flag_queries import is_neutral, is_ordinal
-from images.folders import ImageIndex
 from images.splits import index_data
+from images.table_state import table_digest
 from resume import run_folder
 from run.cli import UserError
 from run.files import read_json, write_json
@@ -71,7 +70,7 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     """Raise UserError if the folds were started with other flags or images; `path` keeps those of the first time."""
     index = None if args.demo else index_data(args)
     images = index and dict(zip(index.classes, index.counts().tolist(), strict=True))
-    current = {"flags": vars(args), "images": images, "table": index and _digest_of_table(index)}
+    current = {"flags": vars(args), "images": images, "table": index and table_digest({"all": index})}
     previous = read_json(path) if path.exists() else current
     compared = {name: value for name, value in vars(args).items() if not is_neutral(name)}
     check_same_settings(
@@ -81,12 +80,3 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
         f"the cross-validation in {path.parent}",
     )
     write_json(path, previous)
-
-
-def _digest_of_table(index: ImageIndex):
-    """-> what changes with the images, labels and subjects of a table, in their order: then the folds are others."""
-    if index.columns is None:
-        return None
-    subjects = [index.columns[index.subject_column].letters] if index.subject_column else []
-    content = [array.tobytes() for array in (index.paths.letters, index.targets, *subjects)]
-    return hashlib.sha256(b"\0".join(content)).hexdigest()

@@ -14,7 +14,7 @@ from images.folders import ImageIndex
 from images.labels import check_columns, index_table
 from images.leakage import subjects_of
 from images.splits import stratified_split
-from images.table_state import table_state, with_table
+from images.table_state import table_digest, table_state, with_table
 from run.cli import UserError
 
 FILES = ["a.jpg", "b.jpg", "in/c.png", "in/deep/d.jpg"]
@@ -250,3 +250,11 @@ def test_only_the_rows_of_a_published_split_are_read(read):
     assert names(read(text, split_column="split", only="test")[0]) == ["a.jpg", "b.jpg"]
     with pytest.raises(UserError, match=r"--split_column: no row of .*t.csv is in val"):
         read(text, split_column="split", only="val")
+
+
+def test_the_digest_of_a_table_changes_with_its_labels_and_subjects(read):
+    digests = {
+        table_digest({"train": read(text)[0]})
+        for text in (TABLE, TABLE.replace("c,2,MEL", "c,2,NEV"), TABLE.replace("c,2", "c,3"), TABLE.replace("40", "41"))
+    }
+    assert len(digests) == 3 and table_digest({"train": index_of([1, 1])}) is None

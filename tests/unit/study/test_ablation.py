@@ -1,5 +1,6 @@
 """The same steps for every method, the settings of an ablation, and what happens to its runs."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -32,8 +33,8 @@ def test_every_method_gets_the_same_steps_and_the_same_warm_up(tmp_path, data_di
         "late": "--train_loss cb --use_augmentation --drw_epoch 0.5E",
         "larger batches": "--batch_size 16",
     }
-    runs, num_images = plan(tmp_path, data_dir, grid)
-    assert num_images == 35
+    runs, num_images, table = plan(tmp_path, data_dir, grid)
+    assert num_images == 35 and table is None
     assert [(run.method, run.seed) for run in runs] == [(name, seed) for seed in (4, 5) for name in grid]
     assert [value(run, "--epochs") for run in runs[:5]] == ["10", "6", "10", "8", "15"]  # 30, 30, 30, 32, 30 steps
     assert [value(run, "--warmup_epochs") for run in runs[:5]] == ["1", "0.6", "1", "1", "1.5"]  # 3 steps
@@ -44,19 +45,24 @@ def test_every_method_gets_the_same_steps_and_the_same_warm_up(tmp_path, data_di
 def test_an_ablation_continues_with_more_seeds_but_not_with_other_flags_or_images(tmp_path):
     path = tmp_path / "ablation.json"
 
-    def check(num_images=35, gamma="2", seeds=(0,)):
+    def check(num_images=35, gamma="2", seeds=(0,), table=None):
         runs = [MethodRun("a", seed, ["--gamma", gamma], tmp_path / f"a_seed{seed}") for seed in seeds]
-        check_and_record_runs(path, runs, num_images)
+        check_and_record_runs(path, runs, num_images, table)
 
     check()
     check(seeds=(1,))
-    assert read_json(path) == {"images": 35, "flags": {f"a_seed{seed}": ["--gamma", "2"] for seed in (0, 1)}}
+    flags = {f"a_seed{seed}": ["--gamma", "2"] for seed in (0, 1)}
+    assert read_json(path) == {"images": 35, "table": None, "flags": flags}
+    with pytest.raises(UserError, match=r"was started with other settings \(table: None, now 1f\)"):
+        check(table="1f")
     with pytest.raises(
         UserError, match=r"^--ablate_dir: .* was started with other settings \(number of images: 35, now 36"
     ):
         check(num_images=36)
     with pytest.raises(UserError, match=r"\(flags of a_seed1: --gamma 2, now --gamma 3\)"):
         check(gamma="3", seeds=(1,))
+    path.write_text(json.dumps({"images": 35, "flags": flags}))  # of an older version
+    check(table="1f")
     for content in ("[]", "{}", "{", '{"images": 35, "flags": 3}'):
         path.write_text(content)
         with pytest.raises(UserError, match=r"ablation\.json.* is damaged"):

@@ -104,6 +104,8 @@ def test_differences_are_paired_and_tested_against_the_baseline(tmp_path):
     # tau = 1 removes the class shares from scores that do not contain them: rare classes are predicted too often
     assert table["weak, post-hoc logit adjustment"]["balanced_acc"] != table["weak"]["balanced_acc"]
     text = markdown(list(table.values()), "weak", [0, 1])
+    assert "a bootstrap over images (stratified" in text
+    assert "over subjects, each with all its images (s" in markdown(list(table.values()), "weak", [0, 1], True)
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     for row in table.values():
         row["recalls"] = row["recalls"] and {"a|b": 0.5, "c\nd": 0.5}
