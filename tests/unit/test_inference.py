@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -243,6 +244,8 @@ def test_sets_are_in_the_order_of_the_classes_and_are_uncertain_unless_they_have
         row = dict(zip(grade.columns, grade.row(prediction), strict=True))
         assert row["prediction_set"] == "{" + "/".join(prediction.prediction_set) + "}"
         assert row["uncertain"] == int(prediction.uncertain)
+    named = replace(prediction, prediction_set=["a/b", "c"])  # the names of classes of a table
+    assert dict(zip(grade.columns, grade.row(named), strict=True))["prediction_set"] == r"{a\/b/c}"
 
 
 def test_sets_do_not_depend_on_where_the_validation_outputs_are(finished_run, copied_run, photographs, capsys):
