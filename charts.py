@@ -1,4 +1,4 @@
-"""Charts as inline SVG: curves, bars with intervals, confusion matrix, reliability, grades.
+"""Charts as inline SVG: curves, bars with intervals, histograms, confusion matrix, reliability, grades.
 
 Pure functions from numbers to `Markup`. Colors are `currentColor` and the variables of templates/base.html, so that
 charts follow the page into dark mode; every chart has a title for screen readers, and curves are named at their ends.
@@ -20,6 +20,7 @@ NUM_COLORS = 8  # --series-1 ... of templates/base.html
 TEXT_UP_TO = 25  # classes; the cells of larger confusion matrices are too small for text
 MATRIX_SIDE = 900  # pixels of the cells of a large one
 MAX_POINTS = 1000  # of a curve or a scatter plot
+BINS = 30  # of a histogram
 
 
 @dataclass
@@ -201,6 +202,31 @@ def reliability_chart(title: str, bins: Sequence[tuple[float, float, int]]) -> M
     parts.append(_line(plane.left, plane.bottom + 50, plane.right, plane.bottom + 50, "var(--muted)"))
     parts.append(_text(plane.left - 6, plane.bottom + 46, "images", "end", muted=True))
     parts.append(_text((plane.left + plane.right) / 2, plane.bottom + 67, "confidence", "middle", muted=True))
+    return _svg(title, plane.width, plane.height, parts)
+
+
+def histogram_chart(title: str, values: np.ndarray, x_label: str, *, log: bool = False) -> Markup:
+    """How often values occur. values: (n,) numbers; log: the axis of x, for values above 0."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 2.0)
+
+    def place(x):
+        return math.log10(x) if log else x
+
+    edges = np.linspace(*_widened(place(low), place(high)), BINS + 1)
+    counts = np.histogram(np.log10(values) if log else values, edges)[0].tolist()
+    plane = _Plane((edges[0], edges[-1]), (0, max(1, *counts)), margins=(32, 12, 38, 52))
+    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    y_ticks = _ticks(0, max(1, *counts), whole=True)
+    parts = plane.axes(x_label, [(place(x), text) for x, text in ticks], y_ticks, "photographs")
+    for count, left, right in zip(counts, edges, edges[1:], strict=False):
+        if count:
+            x, y = plane.x(left), plane.y(count)
+            bounds = f"{10**left:.4g} to {10**right:.4g}" if log else f"{left:.4g} to {right:.4g}"
+            parts.append(f'<rect x="{x}" y="{y}" width="{max(1, plane.x(right) - x - 1):.1f}" '
+                         f'height="{plane.bottom - y:.1f}" fill="var(--accent)" fill-opacity=".75">'
+                         f'<title>{bounds}: {count}</title></rect>')  # fmt: skip
     return _svg(title, plane.width, plane.height, parts)
 
 

@@ -224,10 +224,14 @@ def train_loader(
     """Batches of `training_set`."""
     on_device = device.type == "cuda"
     train_set = training_set(index, args, use_augmentation=use_augmentation, sampling=sampling, on_device=on_device)
-    sampler = EpochSampler(train_set, args.seed)
-    if sampling != "instance":
-        sampler = ClassSampler(train_set, sampling, args.epochs - args.crt_epochs, args.seed)
-    return _loader(train_set, index, args.batch_size, args, device, sampler)
+    return _loader(train_set, index, args.batch_size, args, device, train_sampler(train_set, args, sampling))
+
+
+def train_sampler(train_set: Dataset, args: argparse.Namespace, sampling: str) -> EpochSampler:
+    """What draws the positions of each epoch of a stage. train_set: of `training_set`."""
+    if sampling == "instance":
+        return EpochSampler(train_set, args.seed)
+    return ClassSampler(train_set, sampling, args.epochs - args.crt_epochs, args.seed)
 
 
 def eval_loader(index: ImageIndex, args: argparse.Namespace, device: torch.device) -> DataLoader:

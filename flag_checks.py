@@ -175,7 +175,7 @@ def _leaves_its_folder(args):
 
 def trains_all_folds(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a whole cross-validation, not for one training."""
-    return bool(args.folds) and args.fold is None and not args.resume
+    return bool(args.folds) and args.fold is None and not (args.resume or args.check_data)
 
 
 def _has_columns_without_table(args):
@@ -193,6 +193,16 @@ def _has_no_main_stage(args):
 
 # (flags, whether they contradict each other, message)
 RULES = (
+    (
+        ("check_data",),
+        lambda a: a.check_data and (a.resume or a.auto_resume or a.eval_only),
+        "--check_data: checks the images of a new run; omit --resume, --auto_resume and --eval_only",
+    ),
+    (
+        ("check_data",),
+        lambda a: a.check_data and num_ranks() > 1,
+        "--check_data: is the work of one process; start it without torchrun",
+    ),
     (("eval_only",), lambda a: a.eval_only and not a.resume, "--eval_only: name the checkpoint with --resume FILE"),
     (
         ("auto_resume",),

@@ -11,6 +11,7 @@ DESCRIPTION = """Train a ResNet-50 to grade skin conditions from very imbalanced
 python main.py --demo
 python main.py --data_dirs data/forehead_wrinkles --train_loss ce --use_augmentation
 python main.py --data_dirs photos --labels metadata.csv
+python main.py --data_dirs data/forehead_wrinkles --check_data
 python main.py --resume checkpoints_20260101_120000/last_model.pth
 python main.py --eval_only --resume checkpoints_20260101_120000/best_model.pth --test_dirs other/forehead_wrinkles
 
@@ -48,7 +49,9 @@ NEUTRAL_FLAGS = {
     "save_minutes", "max_megapixels", "subgroup_columns",
 }  # fmt: skip
 # flags that concern the process, not the run: neither a checkpoint nor a file of flags hands them on
-NOT_INHERITED = ("resume", "auto_resume", "eval_only", "run_dir", "demo", "wandb_id", "wandb_resume")
+NOT_INHERITED = (
+    "resume", "auto_resume", "eval_only", "check_data", "run_dir", "demo", "wandb_id", "wandb_resume",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ definitions
@@ -272,6 +275,7 @@ def _add_evaluation_flags(group):
 
 def _add_run_flags(group):
     add = group.add_argument
+    add_switch(group, "check_data", False, "check the images and write a page about them, without training")
     add(
         "--config",
         default=argparse.SUPPRESS,  # replaced by the flags in it before anything is parsed

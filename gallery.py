@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from markupsafe import Markup
 
-from dataset_double import AugmentedSkinDataset
+from dataset_double import AugmentedSkinDataset, DoubleSkinDataset, train_sampler, training_set
 from explain import STRIDE, explain_predictions, overlay
 from flag_queries import is_ordinal
 from images.decode import read_image
+from images.folders import ImageIndex
 from model import Model
 from run.cli import UserError, first_line, progress_bar
 from run.cores import num_cores
@@ -157,34 +158,64 @@ def heat_scale() -> Markup:
     return data_uri(colors)
 
 
-def augmented_sheet(train_set: Any, repeats: bool) -> list[tuple[str, Markup, list[Markup]]]:
-    """-> [(class, an original, its augmented copies in the first epoch)], the smallest classes first; bounded.
+@dataclass
+class DrawnEpoch:
+    """What an epoch of a training draws. positions: (P,) int64, sorted, of `train_set`, which is set to the epoch."""
 
-    train_set: of `training_set`; repeats: whether a sampler repeats images, see `ClassSampler`. Classes without
-    augmented images are left out.
+    epoch: int
+    train_set: DoubleSkinDataset | AugmentedSkinDataset
+    positions: np.ndarray
+
+    def sources(self) -> np.ndarray:
+        """-> (P,) int: the training image at each position."""
+        sources = getattr(self.train_set, "sources", np.arange(len(self.train_set)))
+        return sources[self.positions % len(sources)]
+
+
+def drawn_epochs(index: ImageIndex, args: Namespace) -> list[DrawnEpoch]:
+    """-> an epoch of the main stage, and with `--crt_epochs` one of the stage after it.
+
+    index: the training images; args: flags of the run. The epoch is the first of its stage; with `--sampling
+    progressive`, whose first epoch repeats nothing, the last.
     """
+    end = args.epochs - args.crt_epochs
+    first = end - 1 if args.sampling == "progressive" else args.drw_epoch
+    stages = [(first, args.use_augmentation, args.sampling)]
+    if args.crt_epochs:
+        stages.append((end, False, "balanced"))
+    drawn = []
+    for epoch, use_augmentation, sampling in stages:
+        train_set = training_set(index, args, use_augmentation=use_augmentation, sampling=sampling)
+        if isinstance(train_set, AugmentedSkinDataset):
+            train_set.set_epoch(epoch)
+        sampler = train_sampler(train_set, args, sampling)
+        sampler.set_epoch(epoch)
+        drawn.append(DrawnEpoch(epoch, train_set, np.sort(np.fromiter(sampler, np.int64, len(sampler)))))
+    return drawn
+
+
+def augmented_sheet(drawn: DrawnEpoch, max_classes: int = SHEET_CLASSES) -> list[tuple[str, Markup, list[Markup]]]:
+    """-> [(class, an original, what the epoch draws of it augmented)], the smallest classes first; bounded.
+
+    Classes without augmented images are left out.
+    """
+    train_set = drawn.train_set
     if not isinstance(train_set, AugmentedSkinDataset):
         return []
-    index, sheet = train_set.originals.index, []
-    targets = index.targets[train_set.sources]
-    for c in np.argsort(index.counts(), kind="stable")[:SHEET_CLASSES].tolist():
-        members = np.flatnonzero(targets == c)
+    index, sheet, sources = train_set.originals.index, [], drawn.sources()
+    is_copy, targets = drawn.positions >= len(index), index.targets[sources]
+    for c in np.argsort(index.counts(), kind="stable").tolist():
+        if len(sheet) == max_classes:
+            break
+        members = np.flatnonzero((targets == c) & is_copy)
+        if not len(members) and train_set.augment_all:
+            members = np.flatnonzero(targets == c)
         if not len(members):
             continue
-        copies = members[members >= len(index)]
-        if len(copies):
-            source = train_set.sources[copies[0]]
-            # copies of one original, then others
-            copies = copies[np.argsort(train_set.sources[copies] != source, kind="stable")]
-        elif repeats:
-            source = members[0]
-            copies = source + len(train_set) * np.arange(1, SHEET_COPIES + 1)
-        elif train_set.augment_all:
-            source, copies = members[0], members
-        else:
-            continue
-        original = train_set.originals.read(source)
-        images = train_set.__getitems__(copies[:SHEET_COPIES].tolist())[0].permute(0, 2, 3, 1).numpy()
+        # copies of one original, then others
+        members = members[np.argsort(sources[members] != sources[members[0]], kind="stable")][:SHEET_COPIES]
+        original = train_set.originals.read(sources[members[0]])
+        images = train_set.__getitems__(drawn.positions[members].tolist())[0].permute(0, 2, 3, 1).numpy()
         sheet.append((index.classes[c], _small(original), [_small(image) for image in images]))
     return sheet
 

@@ -41,7 +41,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
     from dataset_double import eval_loader
     from engine import RunningMetrics, build_engine
     from evaluation import evaluate_best, print_results
-    from images.demo import write_demo_data
+    from images.demo import use_demo_data
     from images.labels import check_columns
     from images.leakage import warn_of_near_duplicates
     from images.splits import make_splits, on_all_ranks, paths_by_split, print_class_table
@@ -71,8 +71,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     # data: index the images, check and cache them, split
     if args.demo and is_first():
-        args.data_dirs = [write_demo_data(run_dir / "demo_data", args.seed)]
-        args.cache_dir = args.cache_dir or str(run_dir / "demo_cache")
+        use_demo_data(args)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
     read = functools.partial(restore_splits, args, checkpoint) if checkpoint else functools.partial(make_splits, args)
@@ -203,6 +202,7 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
         args = parse_flags(argv)
         check_restart(args.auto_resume)
         with signals.deferred():  # torch aborts the process if a signal raises while it is imported
+            from data_report import check_data
             from resume import how_to_resume, is_finished, open_run
 
         if trains_all_folds(args):
@@ -214,7 +214,9 @@ def run(argv: list[str], signals: Signals, resume_hint: str | None = None) -> in
                 f"--run_dir: {args.run_dir} is the folder of a cross-validation; resume it with its --folds"
             )
         with open_run(args, argv) as (run_args, checkpoint):
-            if run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
+            if run_args.check_data:
+                check_data(run_args)
+            elif run_args.auto_resume and checkpoint and is_finished(run_args, checkpoint):
                 print(f"already finished: {checkpoint['epoch'] + 1} epochs, results saved to {run_args.run_dir}")
             else:
                 hand_out((run_args, checkpoint))

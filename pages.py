@@ -14,10 +14,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
-from dataset_double import training_set
 from flag_queries import is_ordinal
 from flags import SPLITS, build_parser
-from gallery import augmented_sheet, duplicate_pairs, explain_photos, heat_scale, photographs
+from gallery import augmented_sheet, drawn_epochs, duplicate_pairs, explain_photos, heat_scale, photographs
 from images.folders import ImageIndex
 from images.leakage import DUPLICATES_FILE, has_subjects
 from metrics import ECE_BINS, confusion_metrics, format_with_interval
@@ -250,9 +249,8 @@ def _sections(run_dir, values, splits, probabilities, model):
     if found := _read_optional(run_dir / DUPLICATES_FILE):
         sections["duplicates"] = found | {"shown": duplicate_pairs(found, args["resize"])}
     if splits and "train" in splits:
-        flags = {"use_augmentation": args["use_augmentation"], "sampling": args["sampling"]}
-        train_set = training_set(splits["train"], settings, **flags)
-        sections["sheet"] = augmented_sheet(train_set, args["sampling"] != "instance")
+        drawn = drawn_epochs(splits["train"], settings)[0]
+        sections |= {"sheet": augmented_sheet(drawn), "sheet_epoch": drawn.epoch}
     if not results:
         return sections
     classes, counts = results["classes"], results["samples_per_cls"]

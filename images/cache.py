@@ -60,7 +60,7 @@ def read_all(indexes: dict[str, ImageIndex], cache: "ImageCache", skip_broken: b
     paths = sum((index.paths for index in indexes.values()), Paths())
     stats = np.array([file_stat(path) for path in paths], dtype=np.int64).reshape(-1, 3)
     cache_rows, facts, reasons = cache.fill(paths, stats)
-    broken = [(paths[i], reason) for i, reason in sorted(reasons.items())]
+    broken = cache.unreadable = [(paths[i], reason) for i, reason in sorted(reasons.items())]
     for path, reason in broken:
         print(f"broken: {path}: {reason}")
     if broken and not skip_broken:
@@ -112,6 +112,7 @@ class ImageCache:
         kind = f"{image_size}px" if resize == "stretch" else f"{image_size}px_{resize}"
         self.folder = Path(cache_dir, f"{kind}_v{FORMAT_VERSION}") if cache_dir else None
         self._pixel_file, self._shape = None, (0, image_size, image_size, 3)
+        self.unreadable: list[tuple[str, str]] = []  # (path, reason), as `read_all` has found them
 
     def fill(self, paths: Paths, stats: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Decode every image that is not cached yet, and store it.

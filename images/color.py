@@ -9,6 +9,8 @@ from PIL import Image, ImageCms
 MAX_PROFILE_BYTES = 4 * 2**20  # of an embedded profile; CMYK profiles have up to 3 MB
 MAX_TRANSFORMS = 16  # kept, of as many profiles: the photographs of a camera have the same one
 SAME_COLOR = 2  # levels of 255: profiles of sRGB by different programs differ by rounding
+# modes of files -> the mode that the profile is applied to
+OTHER_MODES = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBX": "RGB", "LA": "L", "1": "L", "I;16": "L", "I": "L"}
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of a profile -> mode of its images
 
 
@@ -24,6 +26,25 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if transform:
             return ImageCms.applyTransform(image, transform)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def describe_profile(profile: bytes | None, mode: str) -> str:
+    """What an image of a mode of Pillow has as its color profile, and what becomes of its colors."""
+    if not profile:
+        return "none"
+    if not isinstance(profile, bytes) or len(profile) > MAX_PROFILE_BYTES:
+        return "too large, not used"
+    return _description(profile, OTHER_MODES.get(mode, mode))
+
+
+@functools.lru_cache(MAX_TRANSFORMS)
+def _description(profile, mode):
+    try:
+        parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        name = ImageCms.getProfileDescription(parsed).strip() or "without a name"
+    except Exception:  # as in `_transform`
+        return "cannot be read, not used"
+    return f"{name}, converted to sRGB" if _transform(profile, mode) else name
 
 
 @functools.lru_cache(MAX_TRANSFORMS)

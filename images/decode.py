@@ -5,7 +5,9 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from images.color import MAX_PROFILE_BYTES, to_srgb
 from images.depth import Depth, color_to_8_bit, gray_to_8_bit
 from images.formats import can_read_heif, describe_file
-from images.metadata import copies_without_metadata, turn_upright
+from images.metadata import copies_without_metadata, is_turned, turn_upright
 from run.cli import UserError
 
 # increase it when a photograph becomes other pixels, and FORMAT_VERSION in images/cache.py with it
@@ -53,12 +55,39 @@ def load_image(path: str | Path | bytes, size: int | None = None) -> Image.Image
     return _load(path, size)[0]
 
 
+@dataclass
+class Header:
+    """What a file states before its pixels. width, height: upright, in pixels; profile: the ICC profile or None."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    profile: bytes | None
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what a file states before its pixels, which are not decoded. Raises as `load_image` does."""
+    return _despite_metadata(path, _read_header_from)
+
+
+def _read_header_from(source):
+    with _open(source) as image:
+        width, height = image.size[::-1] if is_turned(image) else image.size
+        return Header(width, height, image.format or "", image.mode, image.info.get("icc_profile"))
+
+
 def _load(path, size):
     """-> (the image, whether it is too dark)"""
+    return _despite_metadata(path, lambda source: _load_from(source, size))
+
+
+def _despite_metadata(path, read: Callable[[Any], Any]):
+    """-> `read(path)`, or of a copy without the metadata that prevent it."""
     if not isinstance(path, bytes) and not os.path.isfile(path) and os.path.exists(path):
         raise OSError("not a regular file")  # opening a named pipe would wait forever
     try:
-        return _load_from(path, size)
+        return read(path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise
     except Exception as error:
@@ -66,7 +95,7 @@ def _load(path, size):
             raise
         for copy in copies_without_metadata(path):
             with suppress(Exception):
-                return _load_from(copy, size)
+                return read(copy)
         raise  # it is the pixels that cannot be read
 
 
@@ -160,7 +189,7 @@ def decode(path: str | Path, size: int, resize: str = "stretch") -> tuple[np.nda
     aspect = max(image.size) / min(image.size)
     image = to_square(image, size, resize)  # frees the full image, while its memory is still in the processor's cache
     pixels = np.asarray(image)
-    return pixels, (aspect, ONE_COLOR * _is_one_color(pixels) | TOO_DARK * is_dark)
+    return pixels, (aspect, ONE_COLOR * is_one_color(pixels) | TOO_DARK * is_dark)
 
 
 def to_square(image: Image.Image, size: int, resize: str) -> Image.Image:
@@ -179,8 +208,9 @@ def to_square(image: Image.Image, size: int, resize: str) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def _is_one_color(pixels):
-    corner, middle = pixels[0, 0].tolist(), pixels[len(pixels) // 2, len(pixels) // 2].tolist()
+def is_one_color(pixels: np.ndarray) -> bool:
+    """Whether all pixels are the same, but for SAME_COLOR. pixels: (H, W, 3) uint8."""
+    corner, middle = pixels[0, 0].tolist(), pixels[pixels.shape[0] // 2, pixels.shape[1] // 2].tolist()
     if any(abs(a - b) > SAME_COLOR for a, b in zip(corner, middle, strict=True)):  # nearly always
         return False
     return bool(np.ptp(pixels.reshape(-1, 3), axis=0).max() <= SAME_COLOR)

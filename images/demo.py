@@ -4,6 +4,7 @@ The grade determines the number, depth and length of the wrinkles. Skin color, l
 are random, so that only the wrinkles reveal the grade.
 """
 
+import argparse
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,13 @@ import numpy as np
 
 IMAGES_PER_GRADE = (400, 200, 100, 50, 25)  # as imbalanced as real grades
 PATCH_SIZE = 128
+
+
+def use_demo_data(args: argparse.Namespace) -> None:
+    """`--demo`: draw the images into the run folder and use them, with a cache beside them."""
+    run_dir = Path(args.run_dir)
+    args.data_dirs = [write_demo_data(run_dir / "demo_data", args.seed)]
+    args.cache_dir = args.cache_dir or str(run_dir / "demo_cache")
 
 
 def write_demo_data(folder: str | Path, seed: int) -> str:

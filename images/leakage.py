@@ -206,9 +206,9 @@ def _list_near_duplicates(splits, run_dir):
 def near_duplicates(pixels: np.ndarray, cache_rows: np.ndarray, split_of: np.ndarray) -> tuple[np.ndarray, bool]:
     """Find images of different splits whose hashes differ in few bits and whose thumbnails correlate.
 
-    pixels: (M, S, S, 3) uint8; cache_rows: (N,) int into `pixels`, -1 for an image that is not there; split_of: (N,)
-    int. -> (pairs (P, 2) int64, i < j in each, sorted; whether that is all of them). Neither time nor memory grows
-    with the square of N.
+    pixels: (M, S, S, 3) uint8, or (M, THUMBNAIL, THUMBNAIL) uint8 of `thumbnail_of`; cache_rows: (N,) int into
+    `pixels`, -1 for an image that is not there; split_of: (N,) int. -> (pairs (P, 2) int64, i < j in each, sorted;
+    whether that is all of them). Neither time nor memory grows with the square of N.
     """
     images = np.flatnonzero(cache_rows >= 0)
     hashes, varied = np.empty(len(images), np.uint64), np.empty(len(images), bool)
@@ -235,11 +235,18 @@ def _in_threads(function, count, block_size):
 
 def _thumbnails(pixels, rows):
     """-> (n, THUMBNAIL, THUMBNAIL) uint8, grayscale."""
+    if pixels.ndim == 3:
+        return pixels[rows]
     thumbnails = np.empty((len(rows), THUMBNAIL, THUMBNAIL), np.uint8)
     for n, row in enumerate(rows):
-        gray = cv2.cvtColor(pixels[row], cv2.COLOR_RGB2GRAY)
-        thumbnails[n] = cv2.resize(gray, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+        thumbnails[n] = thumbnail_of(pixels[row])
     return thumbnails
+
+
+def thumbnail_of(image: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8, RGB -> (THUMBNAIL, THUMBNAIL) uint8, grayscale."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return cv2.resize(gray, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
 def _hashes(thumbnails):

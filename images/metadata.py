@@ -20,6 +20,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+EXCHANGE_SIDES = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 ORIENTATION, ICC_PROFILE, PRIVATE_TAG = 274, 34675, 65000  # TIFF tags
 # TIFF tags without which the pixels cannot be read, or would be others
 PIXEL_TAGS = {
@@ -30,14 +31,26 @@ PIXEL_TAGS = {
 
 def turn_upright(image: Image.Image) -> Image.Image:
     """Turn a loaded image by its EXIF orientation, which counts as 1 (upright) where it cannot be read."""
+    method = _method(image)
+    return image if method is None else image.transpose(method)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the sides of an image that is opened, but not loaded, are exchanged when it is turned upright."""
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look behind them
+        return False
+    return _method(image) in EXCHANGE_SIDES
+
+
+def _method(image):
+    """-> what turns the image upright, None if nothing does."""
     try:
         orientation = image.getexif().get(ORIENTATION)
         if orientation is None and "exif" in image.info:
             orientation = _orientation_in(image.info["exif"])
-        method = UPRIGHT.get(orientation)
+        return UPRIGHT.get(orientation)
     except Exception:  # on malformed EXIF or XMP, Pillow raises nearly anything
-        return image
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _orientation_in(exif):

@@ -33,16 +33,17 @@ MAX_LISTED = 100  # lost images
 ALL_FOLDERS = "--data_dirs / --val_dirs / --test_dirs"
 
 
-def make_splits(args: argparse.Namespace) -> dict[str, ImageIndex]:
+def make_splits(args: argparse.Namespace, skip_broken: bool = False) -> dict[str, ImageIndex]:
     """Index the class folders, check every image, split. -> {"train", "val", "test": ImageIndex}.
 
-    Raises UserError for class folders, images or flags of which no such splits can be made.
+    skip_broken: leave out images that cannot be read, also without the flag of that name. Raises UserError for class
+    folders, images or flags of which no such splits can be made.
     """
     index, separate = read_labelled(args) if args.labels else _read_class_folders(args)
     check_columns(args.subgroup_columns, index)
     every_path = itertools.chain(index.paths, *(source.paths for source in separate.values()))
     check_duplicates(every_path, ALL_FOLDERS)
-    separate = read_all({"data": index, **separate}, open_cache(args), args.skip_broken)
+    separate = read_all({"data": index, **separate}, open_cache(args), args.skip_broken or skip_broken)
     index = separate.pop("data")
     warn_of_nameless_subjects(index)
     subjects = subjects_of(index, args.group_regex)

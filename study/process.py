@@ -23,7 +23,9 @@ from run.signals import Signals, call_in_thread
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 # flags of main.py that the program that starts a run sets itself, or that make no sense for its runs
-RESERVED_FLAGS = frozenset({"run_dir", "resume", "auto_resume", "output_dir", "eval_only", "demo", "folds", "fold"})
+RESERVED_FLAGS = frozenset({
+    "run_dir", "resume", "auto_resume", "output_dir", "eval_only", "check_data", "demo", "folds", "fold",
+})  # fmt: skip
 SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_SECONDS = 1

@@ -13,13 +13,23 @@ import explain
 import gallery
 from dataset_double import training_set
 from flag_checks import parse_flags
-from gallery import KINDS, MAX_PHOTOGRAPHS, SHEET_COPIES, augmented_sheet, choose_photos, data_uri, photographs
+from gallery import (
+    KINDS,
+    MAX_PHOTOGRAPHS,
+    SHEET_COPIES,
+    augmented_sheet,
+    choose_photos,
+    data_uri,
+    drawn_epochs,
+    photographs,
+)
 from images.folders import ImageIndex
 from model import Model
 
 FLAGS = {
     "image_size": 32, "resize": "stretch", "augment_all": False, "target_samples_per_class": None,
-    "augmentation_methods": None, "seed": 3,
+    "augmentation_methods": None, "seed": 3, "use_augmentation": False, "sampling": "instance", "epochs": 10,
+    "drw_epoch": 0, "crt_epochs": 0,
 }  # fmt: skip
 
 
@@ -62,7 +72,8 @@ def small_index(tmp_path, counts):
 def test_the_sheet_shows_the_augmented_images_that_training_sees(tmp_path):
     index = small_index(tmp_path, [9, 2])
     train_set = training_set(index, Namespace(**FLAGS), use_augmentation=True, sampling="instance")
-    ((name, original, copies),) = augmented_sheet(train_set, repeats=False)  # the largest class has no copies
+    (drawn,) = drawn_epochs(index, Namespace(**FLAGS | {"use_augmentation": True}))
+    ((name, original, copies),) = augmented_sheet(drawn)  # the largest class has no copies
     assert name == "b" and len(copies) == SHEET_COPIES
     seen = {data_uri(train_set[position][0].permute(1, 2, 0).numpy()) for position in range(11, 18)}
     assert set(copies) <= seen and len(set(copies)) == SHEET_COPIES
@@ -72,14 +83,27 @@ def test_the_sheet_shows_the_augmented_images_that_training_sees(tmp_path):
 
 def test_the_sheet_shows_what_a_class_sampler_and_augment_all_augment(tmp_path):
     index = small_index(tmp_path, [5, 2])
-    balanced = training_set(index, Namespace(**FLAGS), use_augmentation=False, sampling="balanced")
-    assert [name for name, *_ in augmented_sheet(balanced, repeats=True)] == ["b", "a"]
-    every = training_set(index, Namespace(**FLAGS | {"augment_all": True}), use_augmentation=False, sampling="instance")
-    sheet = augmented_sheet(every, repeats=False)
+    (balanced,) = drawn_epochs(index, Namespace(**FLAGS | {"sampling": "balanced"}))
+    assert [name for name, *_ in augmented_sheet(balanced)] == ["b"]  # of the larger class, no image is repeated
+    (every,) = drawn_epochs(index, Namespace(**FLAGS | {"augment_all": True}))
+    sheet = augmented_sheet(every)
     assert [(name, len(copies)) for name, _, copies in sheet] == [("b", 2), ("a", 5)]
     assert all(original not in copies for _, original, copies in sheet)
-    plain = training_set(index, Namespace(**FLAGS), use_augmentation=False, sampling="instance")
-    assert augmented_sheet(plain, repeats=False) == []
+    assert len(augmented_sheet(every, max_classes=1)) == 1
+    (plain,) = drawn_epochs(index, Namespace(**FLAGS))
+    assert augmented_sheet(plain) == []
+
+
+def test_the_sheet_is_of_the_epoch_in_which_a_stage_begins(tmp_path):
+    index = small_index(tmp_path, [9, 2])
+    late, head = drawn_epochs(index, Namespace(**FLAGS | {"use_augmentation": True, "drw_epoch": 3, "crt_epochs": 2}))
+    assert (late.epoch, head.epoch) == (3, 8) and len(late.positions) == 18 and len(head.positions) == 11
+    expected = training_set(index, Namespace(**FLAGS), use_augmentation=True, sampling="instance")
+    expected.set_epoch(3)
+    copies = augmented_sheet(late)[0][2]
+    assert set(copies) <= {data_uri(expected[i][0].permute(1, 2, 0).numpy()) for i in range(11, 18)}
+    (progressive,) = drawn_epochs(index, Namespace(**FLAGS | {"sampling": "progressive"}))
+    assert progressive.epoch == 9 and np.bincount(index.targets[progressive.sources()]).tolist() in ([5, 6], [6, 5])
 
 
 def test_heat_maps_are_made_in_turn_until_their_number_or_their_time_is_over(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from helpers import ROOT
 LAYERS = (
     ("main", "predict", "export", "search", "ablate", "report", "bench", "prepare_aihub"),
     ("study",),
-    ("evaluation", "inference", "portable", "resume", "batch_search"),
+    ("evaluation", "inference", "portable", "resume", "batch_search", "data_report"),
     ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),
