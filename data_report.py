@@ -70,9 +70,9 @@ def check_data(args: argparse.Namespace) -> None:
         args.fold = 0
     splits = make_splits(args, skip_broken=True)
     print_class_table(splits, args)
-    start_log(run_dir)
     data = collect(splits, args.resize, args.image_size)
     findings = what_needs_attention(data, args)
+    start_log(run_dir)  # not before: a check that is stopped leaves no folder
     notes = [f"The splits are those of fold 0 of {args.folds}; all folds have the same photographs."] * bool(all_folds)
     write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
     for finding in findings:

@@ -44,6 +44,8 @@ def _description(profile, mode):
         name = ImageCms.getProfileDescription(parsed).strip() or "without a name"
     except Exception:  # as in `_transform`
         return "cannot be read, not used"
+    if MODES.get(parsed.profile.xcolor_space.strip()) != mode:
+        return f"{name}, not used: it is of other colors than the image"
     return f"{name}, converted to sRGB" if _transform(profile, mode) else name
 
 

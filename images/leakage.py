@@ -244,7 +244,7 @@ def _thumbnails(pixels, rows):
 
 
 def thumbnail_of(image: np.ndarray) -> np.ndarray:
-    """(S, S, 3) uint8, RGB -> (THUMBNAIL, THUMBNAIL) uint8, grayscale."""
+    """(H, W, 3) uint8, RGB -> (THUMBNAIL, THUMBNAIL) uint8, grayscale."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     return cv2.resize(gray, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 

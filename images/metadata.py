@@ -37,6 +37,8 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 def is_turned(image: Image.Image) -> bool:
     """Whether the sides of an image that is opened, but not loaded, are exchanged when it is turned upright."""
+    if image.format == "TIFF":  # the sides that Pillow states are those of the upright image
+        return False
     if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look behind them
         return False
     return _method(image) in EXCHANGE_SIDES

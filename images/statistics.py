@@ -57,16 +57,17 @@ def measure(paths: Sequence[str], read: Callable[[int], np.ndarray], resize: str
     def measure_one(i, path):
         header = _header(path)
         pixels = read(i)
+        if resize == "pad":  # black beside them would make all photographs dark, and alike
+            pixels = _without_padding(pixels, header)
         thumbnails[i] = thumbnail_of(pixels)
-        return header, _measure_pixels(_without_padding(pixels, header) if resize == "pad" else pixels)
+        return header, _measure_pixels(pixels)
 
     pool = ThreadPoolExecutor(num_cores())
     with ExitStack() as stack:
         # after a signal, no thread is waited for: its disk may never answer
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         bar = stack.enter_context(progress_bar(None, "measured", "image", len(paths)))
-        numbered = enumerate(paths)
-        position = 0
+        numbered, position = enumerate(paths), 0
         while chunk := list(itertools.islice(numbered, CHUNK)):
             for (width, height, *stated), measured in pool.map(measure_one, *zip(*chunk, strict=True)):
                 numbers = [_number_of(name, names[what]) for what, name in zip(names, stated, strict=True)]
@@ -94,19 +95,19 @@ def _number_of(name, names):
 
 
 def _without_padding(pixels, header):
-    """What `--resize pad` has put the photograph into the middle of."""
+    """The photograph that `--resize pad` has put into the middle of a square."""
     width, height, *_ = header
     if not width:
         return pixels
     size = len(pixels)
     inner = [max(1, round(side * size / max(width, height))) for side in (height, width)]
     top, left = ((size - side) // 2 for side in inner)
-    return pixels[top : top + inner[0], left : left + inner[1]]
+    return np.ascontiguousarray(pixels[top : top + inner[0], left : left + inner[1]])
 
 
 def _measure_pixels(pixels):
     """-> brightness, sharpness, near_black, one_color"""
-    gray = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     near_black = np.count_nonzero(gray < BLACK) >= BLACK_SHARE * gray.size
     laplacian = cv2.Laplacian(gray, cv2.CV_16S, ksize=1)
     return cv2.mean(gray)[0], float(cv2.meanStdDev(laplacian)[1][0, 0] ** 2), near_black, is_one_color(pixels)

@@ -13,6 +13,7 @@ from charts import (
     confusion_chart,
     count_bar,
     grade_chart,
+    histogram_chart,
     interval_bar,
     line_chart,
     reliability_chart,
@@ -99,3 +100,17 @@ def test_the_name_of_a_mark_stays_inside_the_axes(epoch, anchor):
     chart = line_chart("t", [Curve("a", [0, 99], [0, 1])], "epoch", marks=[(epoch, "best epoch")])
     (mark,) = (text for text in elements(chart, "text") if text.text == "best epoch")
     assert mark.get("text-anchor") == anchor
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_histogram_counts_each_value_once(log):
+    values = np.array([1, 2, 2, 3, 40, 1000, np.nan, np.inf] + [0, -1] * log)
+    svg = histogram_chart("sizes", values, "pixels", log=log)
+    ElementTree.fromstring(svg)
+    assert sum(map(int, re.findall(r": (\d+)</title>", svg))) == 6
+
+
+@pytest.mark.parametrize("values", [[], [5], [7, 7], [0], [np.nan]])
+def test_a_histogram_of_few_values_is_a_chart(values):
+    for log in (False, True):
+        ElementTree.fromstring(histogram_chart("sizes", np.array(values), "pixels", log=log))

@@ -7,7 +7,7 @@ import pytest
 from icc_profiles import PRIMARIES, cmyk_profile, gray_profile, rgb_profile
 from PIL import Image, ImageCms
 
-from images.color import MAX_TRANSFORMS, _transform, to_srgb
+from images.color import MAX_PROFILE_BYTES, MAX_TRANSFORMS, _transform, describe_profile, to_srgb
 from images.decode import load_image
 
 SKIN = (200, 150, 130)
@@ -84,3 +84,14 @@ def test_the_memory_of_transforms_is_bounded():
     for number in range(2 * MAX_TRANSFORMS):
         to_srgb(Image.new("L", (1, 1)), gray_profile(1 + number / 100))
     assert _transform.cache_info().currsize <= MAX_TRANSFORMS
+
+
+def test_a_profile_is_described_with_what_becomes_of_the_colors():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert describe_profile(None, "RGB") == "none" and describe_profile(srgb, "RGB") == "sRGB built-in"
+    for mode in ("RGB", "RGBA", "P"):
+        assert describe_profile(rgb_profile("p3"), mode).endswith(", converted to sRGB")
+    assert describe_profile(cmyk_profile(), "CMYK").endswith(", converted to sRGB")
+    assert describe_profile(cmyk_profile(), "RGB").endswith("not used: it is of other colors than the image")
+    assert describe_profile(b"garbage", "RGB") == "cannot be read, not used"
+    assert describe_profile(bytes(MAX_PROFILE_BYTES + 1), "RGB") == "too large, not used"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.decode import ONE_COLOR, decode, load_image, read_image
+from images.decode import ONE_COLOR, decode, load_image, read_header, read_image
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -168,3 +168,12 @@ def test_a_square_is_the_same_whatever_resize_says(tmp_path, size):
 def test_the_aspect_ratio_is_that_of_the_upright_photograph(tmp_path):
     half_and_half((90, 30)).save(tmp_path / "i.jpg")
     assert decode(tmp_path / "i.jpg", 32)[1] == (3, 0)
+
+
+def test_the_header_is_read_without_the_pixels(tmp_path):
+    Image.new("RGB", (600, 400)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    header = read_header(tmp_path / "cut.png")
+    assert (header.width, header.height, header.format, header.mode, header.profile) == (600, 400, "PNG", "RGB", None)
+    with pytest.raises(OSError, match=r"(?i)truncated"):
+        load_image(tmp_path / "cut.png")

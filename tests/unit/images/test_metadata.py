@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.decode import load_image
+from images.decode import load_image, read_header
 
 PIXELS = np.full((40, 60, 3), (200, 160, 140), np.uint8)
 PIXELS[10:20] -= 80
@@ -25,6 +25,8 @@ def encode(kind, **options):
 def check(path, content, expected=UPRIGHT):
     path.write_bytes(content)
     pixels = np.asarray(load_image(path))
+    header = read_header(path)
+    assert (header.height, header.width) == expected.shape[:2]
     assert pixels.shape == expected.shape and np.abs(pixels.astype(int) - expected).mean() < 3
 
 
