@@ -17,6 +17,7 @@ from dataset_double import AugmentedSkinDataset, DoubleSkinDataset
 from flag_queries import is_ordinal
 from flags import SPLITS
 from gallery import DrawnEpoch, augmented_sheet, data_uris, drawn_epochs
+from images.cache import MAX_ASPECT
 from images.classes import ClassNames
 from images.decode import limit_image_size
 from images.demo import use_demo_data
@@ -74,9 +75,9 @@ def check_data(args: argparse.Namespace) -> None:
     findings = what_needs_attention(data, args)
     start_log(run_dir)  # not before: a check that is stopped leaves no folder
     notes = [f"The splits are those of fold 0 of {args.folds}; all folds have the same photographs."] * bool(all_folds)
-    write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
     for finding in findings:
         print(f"warning: {finding}")
+    write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
     print(f"{len(data.index)} photographs of {len(data.index.classes)} classes are checked, nothing was trained")
     print(f"report of the data saved to {run_dir / PAGE_FILE}")
 
@@ -132,12 +133,21 @@ def what_needs_attention(data: Data, args: argparse.Namespace) -> list[str]:
         f"photographs smaller than --image_size {args.image_size}": (
             ((sides > 0) & (sides < args.image_size)).sum(), "they are enlarged",
         ),
+        f"photographs that --resize stretch distorts over {MAX_ASPECT:g} times": (
+            (elongation(measured) > MAX_ASPECT).sum() * (args.resize == "stretch"), "crop or pad keeps their shape",
+        ),
     }  # fmt: skip
     return [
         f"{what}: {at_least * what.startswith('pairs')}{number}{f' ({advice})' if advice else ''}"
         for what, (number, advice) in lines.items()
         if number
     ]
+
+
+def elongation(measured: Measurements) -> np.ndarray:
+    """-> (N,) longer side divided by the shorter, 1 where they are unknown"""
+    aspects = measured.aspects()
+    return np.where(aspects > 0, np.maximum(aspects, 1 / np.where(aspects > 0, aspects, 1)), 1)
 
 
 def is_plain(measured: Measurements) -> np.ndarray:
@@ -312,16 +322,15 @@ def _name_rows(positions, names):
 def problem_groups(data: Data, resize: str) -> list[dict[str, Any]]:
     """-> [{title, number, photos}]: photographs with a problem, then the extremes of what is measured"""
     measured, values = data.measured, data.measured.values
-    sides, aspects = measured.shorter_sides(), measured.aspects()
+    sides = measured.shorter_sides()
     flagged = {
         "Nearly black": values["near_black"],
         "A single color": is_plain(measured),
         "Of very different size": far_sized(measured),
     }
     groups = [(title, is_odd.sum(), np.flatnonzero(is_odd)[:MAX_PROBLEMS]) for title, is_odd in flagged.items()]
-    elongated = np.abs(np.log(np.where(aspects > 0, aspects, 1)))
     extremes = {
-        "Smallest": np.where(sides > 0, sides, np.inf), "Most elongated": -elongated,
+        "Smallest": np.where(sides > 0, sides, np.inf), "Most elongated": -elongation(measured),
         "Darkest": values["brightness"], "Brightest": -values["brightness"],
         "Least sharp": values["sharpness"], "Sharpest": -values["sharpness"],
     }  # fmt: skip

@@ -66,10 +66,11 @@ def test_what_needs_attention_is_counted():
     for line in (
         "cannot be read: 1 (a training stops", "with different labels: 1\n", "nearly black photographs: 1\n",
         "of a single color: 1\n", "over 4 times smaller or larger than the median: 2 (shorter side of 300 pixels)",
-        "smaller than --image_size 32: 1",
+        "smaller than --image_size 32: 1", "stretch distorts over 1.5 times: 1",
     ):  # fmt: skip
         assert line in text
-    assert "as --skip_broken is on" in "\n".join(what_needs_attention(data, args_of("--skip_broken")))
+    text = "\n".join(what_needs_attention(data, args_of("--skip_broken", "--resize", "crop")))
+    assert "as --skip_broken is on" in text and "distorts" not in text
 
 
 @pytest.mark.parametrize(
