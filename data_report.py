@@ -296,7 +296,7 @@ def what_training_sees(args: argparse.Namespace, drawn: DrawnEpoch) -> list[str]
 
 def median_rows(data: Data) -> list[list]:
     """-> one row per class: photographs, and the medians of what is measured"""
-    values, aspects = data.measured.values, data.measured.aspects()
+    values = data.measured.values
     order = np.argsort(data.index.targets, kind="stable")
     ends = np.cumsum(data.index.counts())
     rows = []
@@ -307,9 +307,8 @@ def median_rows(data: Data) -> list[list]:
         sides = "-"
         if len(known):
             sides = " x ".join(f"{np.median(values[side][known]):.0f}" for side in ("width", "height"))
-        shape = f"{np.median(aspects[known]):.2f}" if len(known) else "-"
         brightness, sharpness = (np.median(values[what][members]) for what in ("brightness", "sharpness"))
-        row = [shortened(name, LONGEST_NAME), len(members), sides, shape, f"{brightness:.0f}", f"{sharpness:.0f}"]
+        row = [shortened(name, LONGEST_NAME), len(members), sides, f"{brightness:.0f}", f"{sharpness:.0f}"]
         rows.append(row)
     return rows
 

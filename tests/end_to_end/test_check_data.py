@@ -50,7 +50,7 @@ def test_the_data_of_a_table_are_checked_with_their_subjects(tmp_path, capsys):
     flags = ["--data_dirs", tmp_path / "photos", "--labels", tmp_path / "table.csv", *FLAGS, "--merge", "a=A"]
     assert run_main(*flags, "--run_dir", tmp_path / "check") == 0
     page = page_of(tmp_path / "check")
-    assert "photographs each, median" in page and "A (a)" in page and "subjects" in capsys.readouterr().out
+    assert "photographs per subject" in page and "A (a)" in page and "subjects" in capsys.readouterr().out
 
 
 def test_a_class_that_is_missing_in_a_split_is_one_line_and_leaves_no_folder(tmp_path, capsys):

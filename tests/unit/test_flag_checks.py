@@ -210,3 +210,10 @@ def test_a_batch_that_cannot_be_divided_among_processes_is_refused(data_dir, mon
     assert parse_flags(["--data_dirs", str(data_dir), "--batch_size", "33"]).batch_size == 33
     with pytest.raises(UserError, match="--batch_size: 32 images cannot be divided among 3 processes"):
         parse_flags(["--data_dirs", str(data_dir)])
+
+
+def test_a_check_of_the_data_is_the_work_of_one_process(monkeypatch, data):
+    assert parse_flags(["--data_dirs", data, "--check_data", "--folds", "3"]).check_data
+    monkeypatch.setattr(ranks, "_group", SimpleNamespace(rank=0, size=2))
+    with pytest.raises(UserError, match="--check_data: is the work of one process"):
+        parse_flags(["--data_dirs", data, "--check_data"])
