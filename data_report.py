@@ -78,8 +78,8 @@ def check_data(args: argparse.Namespace) -> None:
     for finding in findings:
         print(f"warning: {finding}")
     write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
-    print(f"{len(data.index)} photographs of {len(data.index.classes)} classes are checked, nothing was trained")
-    print(f"report of the data saved to {run_dir / PAGE_FILE}")
+    print(f"checked {len(data.index)} photographs of {len(data.index.classes)} classes; nothing was trained")
+    print(f"data report saved to {run_dir / PAGE_FILE}")
 
 
 def collect(splits: dict[str, ImageIndex], resize: str, image_size: int) -> Data:
@@ -254,9 +254,11 @@ def what_training_sees(args: argparse.Namespace, drawn: DrawnEpoch) -> list[str]
         "pad": "the shorter side is padded with black",
     }[args.resize]  # fmt: skip
     sentences = [f"Photographs are resized to {size} x {size} pixels; {shape} (--resize {args.resize})."]
-    first = "augmented, as --augment_all is on" if args.augment_all else "unchanged"
+    first = "augmented (--augment_all)" if args.augment_all else "unchanged"
     if args.use_augmentation:
-        target = args.target_samples_per_class or f"{drawn.train_set.counts().max()}, as many as the largest has"
+        target = f"{drawn.train_set.counts().max()}, as many as the largest has"
+        if args.target_samples_per_class:
+            target = f"at least {args.target_samples_per_class}"
         sentences.append(
             f"Each epoch has every training photograph once, {first}, and then augmented copies until every class has "
             f"{target} (--use_augmentation)."
@@ -267,8 +269,8 @@ def what_training_sees(args: argparse.Namespace, drawn: DrawnEpoch) -> list[str]
             "progressive": "every class in proportion to its size at first, and in the end equally often",
         }[args.sampling]  # fmt: skip
         sentences.append(
-            f"Each epoch draws as many photographs as there are, {shares} (--sampling {args.sampling}). The first time "
-            f"that it draws a photograph, this is {first}; further times, it is augmented."
+            f"Each epoch draws as many photographs as there are, {shares} (--sampling {args.sampling}). A photograph "
+            f"is {first} when an epoch draws it for the first time, and augmented when it is drawn again."
         )
     else:
         off = "" if args.augment_all else ": --use_augmentation and --augment_all are off"

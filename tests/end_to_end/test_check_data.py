@@ -30,7 +30,7 @@ def test_the_data_of_class_folders_are_checked(tmp_path, capsys):
     assert (data / "check" / "log.txt").read_text().endswith(out[-400:])
     for line in ("cannot be read: 1 (a training", "with different labels: 1", "nearly black photographs: 1"):
         assert line in out and line in page
-    assert out.endswith(f"report of the data saved to {data}/check/data_report.html\n")
+    assert out.endswith(f"data report saved to {data}/check/data_report.html\n")
     assert "again.png" in page and "cut.png" in page and "<h2>Random photographs</h2>" in page
     (sheet,) = re.findall(r"<th class=.left.>augmented</th></tr>(.*?)</table>", page, re.S)
     assert re.findall(r"<tr><td>(.*?)</td>", sheet) == ["10", "2"]  # the smallest first; the largest has no copies

@@ -77,9 +77,9 @@ def test_what_needs_attention_is_counted():
     ("flags", "said", "per_epoch"),
     [
         ([], "once, unchanged: --use_augmentation and --augment_all are off", [6, 3]),
-        (["--augment_all"], "once, augmented, as --augment_all is on", [6, 3]),
+        (["--augment_all"], "once, augmented (--augment_all).", [6, 3]),
         (["--use_augmentation"], "copies until every class has 6, as many as the largest has", [6, 6]),
-        (["--use_augmentation", "--target_samples_per_class", "4"], "until every class has 4 (", [6, 4]),
+        (["--use_augmentation", "--target_samples_per_class", "4"], "until every class has at least 4 (", [6, 4]),
         (["--sampling", "balanced"], "every class equally often (--sampling balanced)", [5, 4]),
         (["--sampling", "balanced", "--crt_epochs", "2"], "The last 2 epochs draw every class", [5, 4]),
         (["--use_augmentation", "--drw_epoch", "5"], "This starts in epoch 5", [6, 6]),
