@@ -87,11 +87,9 @@ def check_output(output: Path, overwrite: bool, is_adjusted: bool) -> None:
         raise UserError(
             "--adjusted: a .safetensors file holds the weights alone; its metadata have tau and temperature"
         )
-    if output.is_dir() or not output.parent.is_dir():
-        problem = "is a folder" if output.is_dir() else "is in a folder that does not exist"
-        raise UserError(f"OUTPUT: {output} {problem}")
-    if output.exists() and not overwrite:
-        raise UserError(f"OUTPUT: {output} already exists; name another file, or add --overwrite to replace it")
+    from run.files import refuse_output
+
+    refuse_output(output, "OUTPUT", overwrite)
 
 
 def check_packages(suffix: str, with_check: bool) -> None:

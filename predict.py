@@ -112,17 +112,14 @@ def run(argv: list[str]) -> int:
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise UserError if the output, or what an interrupted prediction left of it, exists, unless `overwrite`."""
-    from run.files import part_of
+    from run.files import part_of, refuse_output
 
-    if output.is_dir():
-        raise UserError(f"--output: {output} is a folder; name a file")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output: {output} is not a regular file")  # such as /dev/null, which would be replaced
-    if not output.parent.is_dir():
-        raise UserError(f"--output: the folder {output.parent} does not exist; create it")
-    for path, kind in ((output, "already exists"), (part_of(output), "has the rows of an interrupted prediction")):
-        if path.exists() and not overwrite:
-            raise UserError(f"--output: {path} {kind}; name another file, or add --overwrite to replace it")
+    refuse_output(output, "--output", overwrite)
+    if part_of(output).exists() and not overwrite:
+        raise UserError(
+            f"--output: {part_of(output)} has the rows of an interrupted prediction; name another file, or add "
+            "--overwrite to replace it"
+        )
 
 
 def subgroups_file(output: str) -> Path:

@@ -150,6 +150,19 @@ def read_yaml(path: str | Path, flag: str | None = None) -> Any:
     return content
 
 
+def refuse_output(output: str | Path, flag: str, overwrite: bool) -> None:
+    """Raise UserError, naming `flag`, if no file can be written as `output`, or one exists, unless `overwrite`."""
+    output = Path(output)
+    if output.is_dir():
+        raise UserError(f"{flag}: {output} is a folder; name a file")
+    if output.exists() and not output.is_file():
+        raise UserError(f"{flag}: {output} is not a regular file")  # such as /dev/null, which would be replaced
+    if not output.parent.is_dir():
+        raise UserError(f"{flag}: the folder {output.parent} does not exist; create it")
+    if output.exists() and not overwrite:
+        raise UserError(f"{flag}: {output} already exists; name another file, or add --overwrite to replace it")
+
+
 def refuse_input(output: str | Path, inputs: Iterable[str | Path], flag: str) -> None:
     """Raise UserError, naming `flag`, if one of the inputs is the file that `output` would replace."""
     if not os.path.exists(output):

@@ -145,8 +145,9 @@ def test_a_file_that_predicts_something_else_fails_the_check(finished_run, tmp_p
     [
         (["model.h5"], "must end in .onnx, .pt2 or .safetensors"),
         (["old.onnx"], "old.onnx already exists"),
-        (["nowhere/model.onnx"], "is in a folder that does not exist"),
-        (["folder.pt2", "--overwrite"], "is a folder"),
+        (["nowhere/model.onnx"], "OUTPUT: the folder nowhere does not exist; create it"),
+        (["folder.pt2", "--overwrite"], "is a folder; name a file"),
+        (["pipe.pt2", "--overwrite"], "is not a regular file"),
         (["w.safetensors", "--adjusted"], "holds the weights alone"),
         (["model.onnx", "--check", "nowhere"], "--check: nowhere does not exist"),
         (["model.pt2", "--check", "empty"], "--check: no photographs in empty"),
@@ -157,10 +158,11 @@ def test_mistakes_are_one_line(finished_run, tmp_path, monkeypatch, capsys, word
     (tmp_path / "old.onnx").write_bytes(b"old")
     (tmp_path / "folder.pt2").mkdir()
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt2")
     assert run_export(finished_run, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and reason in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "folder.pt2", "old.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "folder.pt2", "old.onnx", "pipe.pt2"]
 
 
 def test_models_that_cannot_be_exported(finished_run, tmp_path, capsys):

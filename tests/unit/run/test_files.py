@@ -19,6 +19,7 @@ from run.files import (
     read_rows,
     read_yaml,
     refuse_input,
+    refuse_output,
     valid_text,
     write_csv,
     write_history,
@@ -148,6 +149,21 @@ def test_any_file_name_is_one_row(tmp_path, name):
     assert [row["path"] for row in read_rows(tmp_path / "p.csv")] == [name]
     write_csv(tmp_path / "c.csv", ["path"], [{"path": name}])
     assert [row["path"] for row in read_rows(tmp_path / "c.csv")] == [name]
+
+
+def test_an_output_that_cannot_be_written_or_exists_is_refused(tmp_path):
+    (tmp_path / "a").write_text("a")
+    os.mkfifo(tmp_path / "pipe")
+    for name, overwrite in [("new", False), ("a", True)]:
+        refuse_output(tmp_path / name, "OUTPUT", overwrite)
+    for name, overwrite, problem in [
+        (".", True, "is a folder; name a file"),
+        ("pipe", True, "is not a regular file"),
+        ("none/new", True, "none does not exist; create it"),
+        ("a", False, "already exists; name another file, or add --overwrite"),
+    ]:
+        with pytest.raises(UserError, match=rf"OUTPUT: .*{problem}"):
+            refuse_output(tmp_path / name, "OUTPUT", overwrite)
 
 
 def test_an_input_is_not_replaced_whatever_its_name_is(tmp_path):
