@@ -7,6 +7,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 3:
+    sys.exit("usage: python onnx_example.py model.onnx PHOTO...")
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
 classes, size = json.loads(metadata["classes"]), int(metadata["image_size"])

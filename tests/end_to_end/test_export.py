@@ -93,6 +93,12 @@ def test_the_example_predicts_without_torch(exported, photographs):
         assert numbers == pytest.approx(prediction.probabilities, abs=2e-6)
 
 
+def test_the_example_without_photographs_says_how_it_is_called():
+    words = [sys.executable, str(ROOT / "docs" / "onnx_example.py"), "model.onnx"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and process.stderr == "usage: python onnx_example.py model.onnx PHOTO...\n"
+
+
 def test_a_pt2_file_holds_the_adjusted_model(copied_run, photographs, tmp_path, monkeypatch, capsys):
     checkpoint = checkpoint_with_resize(copied_run, copied_run / "crop.pth", "crop")
     path = tmp_path / "model.pt2"
