@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,13 @@ def is_neutral(name: str) -> bool:
 def is_ordinal(args: argparse.Namespace) -> bool:
     """Whether the classes are ordered grades."""
     return args.ordinal or args.train_loss == "ordinal"
+
+
+def text_of(value: Any) -> str:
+    """The value of a flag, as it is shown."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def data_folders(flags: Mapping[str, Any]) -> list[str]:

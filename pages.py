@@ -1,7 +1,6 @@
 """HTML pages: the templates, and `report.html` and `MODEL_CARD.md` of a run."""
 
 import functools
-import json
 import os
 import shlex
 from argparse import Namespace
@@ -14,7 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
-from flag_queries import is_ordinal
+from flag_queries import is_ordinal, text_of
 from flags import SPLITS, build_parser
 from gallery import augmented_sheet, drawn_epochs, duplicate_pairs, explain_photos, heat_scale, photographs
 from images.folders import ImageIndex
@@ -176,13 +175,6 @@ def _read(path):
 def _read_optional(path):
     """What a part of the page is made of: if it is damaged, the rest is made without it."""
     return attempt(lambda: _read(path), f"{path.name} is missing in the report")
-
-
-def text_of(value: Any) -> str:
-    """The value of a flag, as in `args.json`."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def trivial_metrics(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from charts import Curve, line_chart
+from flag_queries import text_of
 from images.leakage import has_subjects
 from metrics import format_with_interval
-from pages import text_of, write_page
+from pages import write_page
 from run.cli import UserError
 from run.files import shortened
 from study.run_comparison import PairedComparison, compare_groups
@@ -115,8 +116,7 @@ def _group_table(groups):
 
 
 def _title(number, group):
-    flags = [f"--{name} {text_of(value)}" for name, value in group.flags.items() if value is not None]
-    return f"{number}: {' '.join(flags) or group.title}"
+    return f"{number}: {group.title}"
 
 
 def _mean(values):

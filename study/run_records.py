@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flag_queries import is_neutral
+from flag_queries import is_neutral, text_of
 from flags import build_parser
 from run.cli import UserError
 from run.files import read_json, read_rows
@@ -134,7 +134,7 @@ def group_records(records: Sequence[RunRecord]) -> list[RunGroup]:
     groups = []
     for flags, runs in zip(flags_of_groups, by_flags.values(), strict=True):
         values = {name: flags.get(name) for name in differing}
-        title = " ".join(f"--{name} {value}" for name, value in values.items())
+        title = " ".join(f"--{name} {text_of(value)}" for name, value in values.items() if value is not None)
         by_classes = split_by_classes(runs)
         for number, members in enumerate(by_classes, start=1):
             suffix = f" (classes {number})" if len(by_classes) > 1 else ""

@@ -68,3 +68,13 @@ def test_runs_of_other_classes_are_not_pooled(tmp_path):
     groups = group_records(read_records([third, first, second]))
     assert [[run.folder.name for run in group.runs] for group in groups] == [["first", "third"], ["second"]]
     assert len({group.title for group in groups}) == 2
+
+
+def test_the_title_of_a_group_has_the_flags_that_are_set_as_they_are_written(tmp_path):
+    flags = [{"folds": None, "val_dirs": ["a", "b"], "tta": True}, {"folds": 3, "val_dirs": None, "tta": False}]
+    flags.append({"folds": None, "val_dirs": None, "tta": None})
+    for number, values in enumerate(flags):
+        write_run_folder(tmp_path / str(number), TARGETS, RIGHT, **values)
+    groups = group_records(read_records([tmp_path / str(number) for number in range(3)]))
+    titles = {group.title for group in groups}
+    assert titles == {"--tta true --val_dirs a b", "--folds 3 --tta false", str(tmp_path / "2")}
