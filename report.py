@@ -52,10 +52,12 @@ def run(argv: Sequence[str]) -> None:
 
         check_own_page(args.output)
     print_comparison(records)
+    incomplete = []
     for folder in cross_validations:
         from study.cross_validation_page import write_cross_validation
 
-        write_cross_validation(folder)
+        if not write_cross_validation(folder):
+            incomplete.append(folder)
     if compares_several:
         from study.comparison_page import write_comparison_page
 
@@ -64,7 +66,10 @@ def run(argv: Sequence[str]) -> None:
     elif not cross_validations:
         from study.run_page import rewrite_report
 
-        rewrite_report(records[0])
+        if not rewrite_report(records[0]):
+            incomplete.append(records[0].folder)
+    if incomplete:
+        raise UserError(f"{incomplete[0]}: a file was not written; the warning above says why")
 
 
 def print_comparison(records: Sequence["RunRecord"]) -> None:

@@ -23,16 +23,19 @@ from study.run_records import fold_folders, read_record
 NUM_THUMBNAILS = 60
 
 
-def write_cross_validation(folder: Path) -> None:
-    """Write `label_issues.csv` and `report.html` from the files of the finished folds. A failure is a line."""
+def write_cross_validation(folder: Path) -> bool:
+    """Write `label_issues.csv` and `report.html` from the files of the finished folds. A failure is a line.
+
+    -> whether both were written, or no fold is finished"""
     no_issues, no_page = (f"{name}: not written" for name in (LABEL_ISSUES_FILE, REPORT_FILE))
     records = attempt(lambda: [r for path in fold_folders(folder) if (r := read_record(path))], no_issues)
     finished = [record for record in records or [] if record.results]
     if not finished:
-        return
+        return records is not None
     images = attempt(lambda: read_folds([record.folder for record in finished]), no_issues)
     doubtful = attempt(lambda: _write_issues(folder / LABEL_ISSUES_FILE, images), no_issues) if images else None
-    attempt(lambda: _write_page(folder, records, finished, images, doubtful), no_page)
+    has_page = attempt(lambda: _write_page(folder, records, finished, images, doubtful), no_page)
+    return bool(has_page) and doubtful is not None
 
 
 def _write_issues(path, images):
@@ -68,6 +71,7 @@ def _write_page(folder, records, finished, images, doubtful):
         issues=[] if doubtful is None else thumbnails(images, doubtful, args.get("resize", "stretch")),
     )
     print(f"report saved to {folder / REPORT_FILE}")
+    return True
 
 
 def _pooled(folder, finished, images):

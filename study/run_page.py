@@ -16,9 +16,11 @@ from run.saver import BEST, LAST
 from study.run_records import RunRecord
 
 
-def rewrite_report(run: RunRecord) -> None:
+def rewrite_report(run: RunRecord) -> bool:
     """Write the report of a run as the run itself did, with heat maps and augmented images where its model and its
-    training images can still be read. A run that is not finished gets a report of the epochs so far."""
+    training images can still be read. A run that is not finished gets a report of the epochs so far.
+
+    -> whether it was written; if not, the reason is printed."""
     limit_image_size(run.max_megapixels())
     splits = model = None
     if run.results:
@@ -29,8 +31,9 @@ def rewrite_report(run: RunRecord) -> None:
         splits = attempt(
             lambda: _find_images(load_checkpoint(run.folder / LAST), SPLITS), "the report has no images per class"
         )
-    if write_report(run.folder, splits, None, model):
+    if is_written := write_report(run.folder, splits, None, model):
         print(f"report saved to {run.folder / REPORT_FILE}")
+    return is_written
 
 
 def _checkpoint_path(run):

@@ -46,7 +46,7 @@ def test_runs_without_validation_metrics_come_last(tmp_path, capsys):
 
 
 def test_folders_that_are_not_finished_runs_are_skipped_and_named(tmp_path, capsys):
-    run = write_run(tmp_path / "run", 0.5)
+    run = str(write_run_folder(tmp_path / "run", np.array([0, 1, 2]), np.eye(3)))
     (tmp_path / "other").mkdir()
     assert report.main([str(tmp_path / "other"), str(tmp_path / "missing"), run]) == 0
     out = capsys.readouterr().out
@@ -139,6 +139,20 @@ def test_a_cross_validation_gets_its_report_and_the_doubtful_labels(tmp_path, ca
     assert not (tmp_path / "comparison.html").exists()
     assert report.main([str(tmp_path / "cv"), *map(str, write_runs(tmp_path))]) == 0
     assert "Comparison of 4 runs" in (tmp_path / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.html", "label_issues.csv"])
+def test_a_file_that_cannot_be_written_is_one_error_line_after_its_warning(tmp_path, capsys, name):
+    targets = np.array([0, 1, 2] * 5)
+    for fold in (0, 1):
+        write_run_folder(tmp_path / "cv" / f"fold_{fold}", targets, np.eye(3)[targets], fold=fold, folds=2)
+    (tmp_path / "cv" / "folds.json").write_text("{}")
+    folders = {"report.html": tmp_path / "cv" / "fold_0", "label_issues.csv": tmp_path / "cv"}
+    (folders[name] / name).mkdir()  # the disk takes no file of this name
+    assert report.main([str(folders[name])]) == 2
+    out, err = capsys.readouterr()
+    assert out.count(f"warning: {name}: not written (") == 1
+    assert err == f"error: {folders[name]}: a file was not written; the warning above says why\n"
 
 
 def test_a_report_without_the_model_and_the_training_images_says_so(copied_run, capsys, monkeypatch):

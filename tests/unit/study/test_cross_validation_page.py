@@ -31,7 +31,7 @@ def cross_validation(tmp_path):
 
 
 def test_doubtful_labels_are_listed_and_shown(cross_validation, tmp_path, capsys):
-    write_cross_validation(cross_validation)
+    assert write_cross_validation(cross_validation)
     rows = read_rows(cross_validation / "label_issues.csv")
     assert [row["path"] for row in rows] == [str(tmp_path / f"photos{k}" / f"{k:03d}.png") for k in (0, 1)]
     assert [row["label"] for row in rows] == ["정상", "<b>mild</b>"] and rows[0]["prediction"] == "c"
@@ -72,7 +72,7 @@ def test_a_failure_is_a_line_and_nothing_else(cross_validation, capsys, damage):
         (cross_validation / "folds.json").write_text("{")
     else:  # the disk takes no file of this name
         (cross_validation / "label_issues.csv").mkdir()
-    write_cross_validation(cross_validation)
+    assert not write_cross_validation(cross_validation)
     assert "warning: " in capsys.readouterr().out
 
 
