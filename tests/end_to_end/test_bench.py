@@ -15,15 +15,19 @@ import bench
 from study import benchmark, benchmark_scaling
 
 
-@pytest.fixture(scope="module")
-def small_bench(tmp_path_factory):
+def run_small_bench(output, *flags):
     """-> content of bench.json"""
-    output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
         for setting in small_settings():
             patch.setattr(*setting)
-        assert bench.main(["--device", "cpu", "--output", str(output)]) == 0
+        patch.setattr(benchmark_scaling, "num_cores", lambda: 2)  # for --scaling 2, wherever this runs
+        assert bench.main(["--device", "cpu", "--output", str(output), *flags]) == 0
     return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def small_bench(tmp_path_factory):
+    return run_small_bench(tmp_path_factory.mktemp("bench") / "bench.json")
 
 
 def test_every_part_is_measured_and_written(small_bench):
@@ -79,14 +83,8 @@ def test_a_signal_ends_the_benchmark_in_one_line(tmp_path, number):
 
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory):
-    """-> content of bench.json, of processes that torchrun starts"""
-    output = tmp_path_factory.mktemp("scaling") / "bench.json"
-    with pytest.MonkeyPatch.context() as patch:
-        for setting in small_settings():
-            patch.setattr(*setting)
-        patch.setattr(benchmark_scaling, "num_cores", lambda: 2)
-        assert bench.main(["--device", "cpu", "--scaling", "2", "--output", str(output)]) == 0
-    return json.loads(output.read_text())
+    """Of processes that torchrun starts."""
+    return run_small_bench(tmp_path_factory.mktemp("scaling") / "bench.json", "--scaling", "2")
 
 
 def test_one_training_by_two_processes_is_compared_with_one_by_a_single_process(scaled):
