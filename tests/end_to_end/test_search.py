@@ -173,9 +173,7 @@ def test_a_search_that_was_stopped_resumes_where_it_was(tmp_path, data_dir, numb
     first = start_search(path, data_dir, "--trials", "1")
     history = tmp_path / "found" / "trial_0000" / "history.csv"
     stop_while_training(first, history, number)
-    done = start_search(path, data_dir, "--trials", "1")
-    _, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
+    assert run_search(path, "--trials", 1, data_dir=data_dir) == 0
     (row,) = rows_of(path)
     assert row["state"] == "done" and row["epochs"] == "60"
     assert "resuming with epoch" in (tmp_path / "found" / "trial_0000.log").read_text()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main, wait_for
+from warm_main import run_warm_main
 
 from model import load_checkpoint
 from run.files import read_rows
@@ -20,18 +21,19 @@ from run.files import read_rows
 NO_ACCOUNT = {"WANDB_API_KEY": None, "WANDB_MODE": None}
 
 
+def with_own_files(cwd, environment):
+    env = {**os.environ, "NETRC": str(cwd / "netrc"), "WANDB_CONFIG_DIR": str(cwd / "wandb_config"), **environment}
+    return {name: value for name, value in env.items() if value is not None}
+
+
 def start_thin_main(*flags, cwd, **environment):
     """main.py with the thin network as a process without a terminal. -> Popen"""
-    env = {**os.environ, "NETRC": str(cwd / "netrc"), "WANDB_CONFIG_DIR": str(cwd / "wandb_config"), **environment}
-    env = {name: value for name, value in env.items() if value is not None}
-    return start_main(*flags, program=THIN_MAIN, cwd=cwd, env=env)
+    return start_main(*flags, program=THIN_MAIN, cwd=cwd, env=with_own_files(cwd, environment))
 
 
 def run_thin_main(*flags, cwd, **environment):
     """Start main.py and wait for its end. -> CompletedProcess"""
-    process = start_thin_main(*flags, cwd=cwd, **environment)
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return run_warm_main([str(flag) for flag in flags], cwd, with_own_files(cwd, environment), seconds=240)
 
 
 def test_a_run_resumed_by_its_id_continues_its_line(tmp_path, data_dir, server):
