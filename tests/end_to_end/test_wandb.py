@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main, wait_for
-from warm_main import run_warm_main
+from warm_main import WarmMain
 
 from model import load_checkpoint
 from run.files import read_rows
@@ -33,7 +33,11 @@ def start_thin_main(*flags, cwd, **environment):
 
 def run_thin_main(*flags, cwd, **environment):
     """Start main.py and wait for its end. -> CompletedProcess"""
-    return run_warm_main([str(flag) for flag in flags], cwd, with_own_files(cwd, environment), seconds=240)
+    return warm_main(*flags, cwd=cwd, **environment).end(seconds=240)
+
+
+def warm_main(*flags, cwd, **environment):
+    return WarmMain([str(flag) for flag in flags], cwd, with_own_files(cwd, environment))
 
 
 def test_a_run_resumed_by_its_id_continues_its_line(tmp_path, data_dir, server):
@@ -177,7 +181,7 @@ def test_with_a_wrong_key_the_run_is_offline(tmp_path, data_dir, server):
 
 def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path, data_dir, server):
     env, run_dir = {"cwd": tmp_path, **server.environment}, tmp_path / "run"
-    env["WANDB_INIT_TIMEOUT"] = "20"  # the client tries again for as long; 10 was once too little on a busy machine
+    env["WANDB_INIT_TIMEOUT"] = "40"  # the client tries again for as long; 20 was once too little on a busy machine
     env["WANDB_HTTP_TIMEOUT"] = "60"  # for the check of the API key
     assert run_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", run_dir, **env).returncode == 0
     (deleted,) = server.runs
@@ -186,15 +190,14 @@ def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path,
     processes = {}
     for name, flags in cases.items():  # side by side, as each waits for the client to give up
         last = shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("wandb")) / "last_model.pth"
-        processes[name] = start_thin_main("--resume", last, "--epochs", 3, *flags, **env)
-    done = {name: (*process.communicate(timeout=240), process.returncode) for name, process in processes.items()}
+        processes[name] = warm_main("--resume", last, "--epochs", 3, *flags, **env)
+    done = {name: process.end(seconds=240) for name, process in processes.items()}
     for name in ("named", "must"):
-        out, err, status = done[name]
-        assert status == 2, out
-        (line,) = err.strip().splitlines()
+        assert done[name].returncode == 2, done[name].stdout
+        (line,) = done[name].stderr.strip().splitlines()
         assert line.startswith("error: --wandb_id") and deleted in line
-    out, err, status = done["own"]
-    assert status == 0, err
+    out = done["own"].stdout
+    assert done["own"].returncode == 0, done["own"].stderr
     ((run_id, run),) = server.runs.items()
     assert run_id != deleted and run.epochs == [0, 1, 2] and "wandb sync" not in out
     assert f"W&B: the run {deleted} was deleted from the server; logging to a new run" in out
@@ -305,7 +308,7 @@ def test_the_command_that_an_agent_makes_from_the_sweep_runs(sweep, tmp_path, da
         **create_sweep_command_args({"args": chosen}),
         "env": ["/usr/bin/env"],
         "interpreter": ["python"],
-        "program": [sweep["program"]],
+        "program": [str(THIN_MAIN)],
     }
     command = []
     for word in create_sweep_command(sweep["command"]):

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,19 +27,25 @@ CONTEXT = multiprocessing.get_context("forkserver")
 gc.freeze()  # no run looks through what was imported, whose memory stays shared
 
 
-def run_warm_main(
-    flags: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float
-) -> subprocess.CompletedProcess:
-    """main.py with the thin network in `folder`, without a terminal, as by `start_main`."""
-    start_server()
-    streams = [folder / f".{name}_of_a_run" for name in ("stdout", "stderr")]
-    process = CONTEXT.Process(target=_run, args=(list(flags), str(folder), dict(environment), streams))
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"main.py did not end within {seconds} s: {streams[0].read_text()}")
-    return subprocess.CompletedProcess(list(flags), process.exitcode, *(stream.read_text() for stream in streams))
+class WarmMain:
+    """main.py with the thin network as a process in `folder`, without a terminal, as by `start_main`."""
+
+    def __init__(self, flags: Sequence[str], folder: Path, environment: Mapping[str, str]):
+        start_server()
+        name = secrets.token_hex(4)
+        self.flags, self._streams = list(flags), [folder / f".{name}.{stream}" for stream in ("stdout", "stderr")]
+        arguments = self.flags, str(folder), dict(environment), self._streams
+        self._process = CONTEXT.Process(target=_run, args=arguments)
+        self._process.start()
+
+    def end(self, seconds: float) -> subprocess.CompletedProcess:
+        """Wait for the end of the process. Raises TimeoutError."""
+        self._process.join(seconds)
+        outputs = [stream.read_text() for stream in self._streams]
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"main.py did not end within {seconds} s: {outputs}")
+        return subprocess.CompletedProcess(self.flags, self._process.exitcode, *outputs)
 
 
 def start_server() -> None:
