@@ -71,13 +71,16 @@ def _rates_of(count, device):
             process.wait()
             raise
         if process.returncode:
-            # of the process that failed; torchrun's own summary comes later
-            reasons = re.findall(
-                r"^error: .*|^[\w.]*(?:Error|Exception): .+|exitcode *: \S.*|^terminate called .*", errors, re.M
-            )
-            reason = reasons[0] if reasons else f"status {process.returncode}"
+            reason = reason_of(errors) or f"status {process.returncode}"
             raise UserError(f"--scaling: the training by {count} processes failed: {reason}")
         return json.loads(Path(folder, RESULT).read_text(encoding="utf-8"))
+
+
+def reason_of(errors: str) -> str | None:
+    """-> the line of what torchrun and its processes printed that says why one of them failed."""
+    # what the process says comes first, then torchrun's summary, whose own exception names no reason
+    lines = re.findall(r"^error: .*|^[\w.]*(?:Error|Exception): .+|exitcode *: \S.*|^terminate called .*", errors, re.M)
+    return next((line for line in lines if "ChildFailedError" not in line), None)
 
 
 # ------------------------------------------------------------------------------------ in the processes of torchrun
