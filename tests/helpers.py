@@ -20,6 +20,7 @@ from run.saver import BEST, LAST
 
 ROOT = Path(main.__file__).parent
 THIN_MAIN = ROOT / "tests" / "tools" / "thin_main.py"
+PATIENCE = 300  # seconds for whatever ends by itself: only what hangs takes longer, also on a machine with much to do
 TINY_COUNTS = {"0": 20, "2": 10, "10": 5}
 TINY_FLAGS = ["--no-pretrained", "--image_size", "32", "--batch_size", "8", "--epochs", "2", "--lr", "1e-3"]
 
@@ -92,7 +93,7 @@ def write_run_folder(folder, targets, probabilities, classes=("a", "b", "c"), pa
     return folder
 
 
-def wait_for(condition, seconds=150):
+def wait_for(condition, seconds=PATIENCE):
     """-> what `condition` returns as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -105,7 +106,7 @@ def stop_while_training(process, history, number):
     """Send a signal to a search or ablation as soon as its trial has an epoch in `history`, and check how it ends."""
     wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 2)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or "resume with the same command" in err
 

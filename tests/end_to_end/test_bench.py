@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 from small_bench import small_settings
 
 import bench
@@ -75,7 +75,7 @@ def test_a_signal_ends_the_benchmark_in_one_line(tmp_path, number):
         time.sleep(1)
         # a terminal sends Ctrl-C to the whole process group, a job queue SIGTERM to the process
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number
     assert error == f"stopped; {output} has the parts measured so far\n"
     assert set(json.loads(output.read_text())) == {"machine"}

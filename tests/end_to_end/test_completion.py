@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 
 from run.cli import Parser, UserError
 
@@ -25,7 +25,9 @@ def complete(line, tmp_path, *options):
         "COMP_POINT": str(len(line)),
     }
     command = [sys.executable, *options, line.split()[1]]  # without flags, as the shell does it
-    process = subprocess.run(command, env=os.environ | protocol, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        command, env=os.environ | protocol, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     return [word.strip() for word in answer.read_text().splitlines()], process
 
 
@@ -66,4 +68,4 @@ def test_without_argcomplete_the_command_does_not_start_its_work(monkeypatch):
 
 def test_argcomplete_is_not_imported_unless_a_shell_asks():
     script = "import sys, main; assert main.main(['--epochs', 'x']) == 2 and 'argcomplete' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE)

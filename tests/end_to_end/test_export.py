@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import ROOT, changed_checkpoint, write_images
+from helpers import PATIENCE, ROOT, changed_checkpoint, write_images
 from PIL import Image
 from thin_main import thin_resnet50
 
@@ -83,7 +83,7 @@ def test_the_example_predicts_without_torch(exported, photographs):
         f"import runpy, sys; sys.argv = {words!r}; runpy.run_path(sys.argv[0]); "
         "print([name for name in ('torch', 'portable') if name in sys.modules])"
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     *lines, imported = process.stdout.splitlines()
     assert imported == "[]" and not process.stderr
     predictions = load(checkpoint, "cpu")(paths)
@@ -95,7 +95,7 @@ def test_the_example_predicts_without_torch(exported, photographs):
 
 def test_the_example_without_photographs_says_how_it_is_called():
     words = [sys.executable, str(ROOT / "docs" / "onnx_example.py"), "model.onnx"]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert process.returncode == 1 and process.stderr == "usage: python onnx_example.py model.onnx PHOTO...\n"
 
 

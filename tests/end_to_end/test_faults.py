@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    PATIENCE,
     ROOT,
     TINY_COUNTS,
     TINY_FLAGS,
@@ -167,7 +168,7 @@ def test_a_signal_to_the_process_group_saves_and_prints_how_to_resume(tmp_path, 
     process.stdout.close()
     os.killpg(process.pid, number)
     err = process.stderr.read()
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE)
     assert process.returncode == status
     assert err.strip() == f"stopped; resume with: python main.py --resume '{last}'"
     checkpoint = load_checkpoint(last)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    PATIENCE,
     THIN_MAIN,
     TINY_COUNTS,
     TINY_FLAGS,
@@ -168,7 +169,7 @@ def test_a_stopped_cross_validation_resumes_with_the_command_it_prints(data_dir,
     process = start_main("--data_dirs", data_dir, *flags, "--output_dir", tmp_path / "cv", program=THIN_MAIN)
     wait_for(lambda: list(tmp_path.glob("cv_*/fold_0/results.json")))
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     (folder,) = tmp_path.glob("cv_*")
     assert process.returncode == 143 and err.count("resume with: ") == 1
     command = shlex.split(err.partition("resume with: python main.py ")[2])
@@ -578,7 +579,7 @@ def test_missing_pretrained_weights_are_an_error_before_the_data_is_read(tmp_pat
     """A proxy that refuses every connection simulates a server without internet access."""
     offline = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
     process = start_main("--data_dirs", data_dir, "--output_dir", tmp_path / "run", env=offline)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "effective" not in out  # the table of classes, the first output about the data
     (line,) = err.strip().splitlines()

@@ -5,7 +5,7 @@ import re
 
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 from nbclient import NotebookClient
 
 from flags import build_parser
@@ -39,7 +39,7 @@ def test_all_cells_run_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(source))
     # started in its own folder, as Jupyter does
     client = NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
+        notebook, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
     )
     client.execute()
 

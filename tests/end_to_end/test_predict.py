@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from helpers import (
+    PATIENCE,
     ROOT,
     TINY_COUNTS,
     changed_checkpoint,
@@ -159,7 +160,7 @@ def test_a_signal_keeps_the_rows_so_far(finished_run, tmp_path, number):
     part = tmp_path / "p.csv.part"
     wait_for(lambda: part.exists() and part.stat().st_size > 1000)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number and not output.exists()
     rows = read_rows(part)
     assert 0 < len(rows) < 30_000 and all(row["prob_10"] and row["error"] == "" for row in rows)
@@ -183,5 +184,5 @@ from predict import load
 grade = load({str(finished_run / "best_model.pth")!r})
 print(grade([{str(photograph)!r}])[0].prediction in grade.classes)
 """
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert process.stdout.splitlines()[-1:] == ["True"], process.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aihub_tree
 import pytest
-from helpers import ROOT, run_main, wait_for
+from helpers import PATIENCE, ROOT, run_main, wait_for
 from PIL import Image
 
 import images.aihub_crops
@@ -205,7 +205,7 @@ def test_a_command_that_is_stopped_continues_where_it_was(data, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: out.exists() and list(out.rglob("*.jpg")))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and err == "stopped; resume with the same command\n"
     left = [path for path in out.rglob("*") if path.is_file()]
     assert 0 < len(left) < 8 and all(images.aihub_crops.is_complete(path) for path in left)

@@ -14,7 +14,17 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from helpers import ROOT, THIN_MAIN, TINY_FLAGS, differences, history_but_times, run_main, wait_for, write_class_folders
+from helpers import (
+    PATIENCE,
+    ROOT,
+    THIN_MAIN,
+    TINY_FLAGS,
+    differences,
+    history_but_times,
+    run_main,
+    wait_for,
+    write_class_folders,
+)
 from thin_main import thin_resnet50
 
 import resnet_custom
@@ -46,7 +56,7 @@ def torchrun(processes, *flags, program=THIN_MAIN, **launch):
     return subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
 
 
-def end_of(process, seconds=200):
+def end_of(process, seconds=PATIENCE):
     """-> what torchrun and its processes have printed"""
     try:
         return process.communicate(timeout=seconds)[0]
@@ -249,7 +259,7 @@ def test_a_process_that_does_not_answer_is_named(images, tmp_path, monkeypatch):
     frozen = pids_of(process)[1]
     os.kill(frozen, signal.SIGSTOP)
     try:
-        wait_for(lambda: "connection is lost" in (tmp_path / "run" / "log.txt").read_text(), 60)
+        wait_for(lambda: "connection is lost" in (tmp_path / "run" / "log.txt").read_text())
     finally:
         os.kill(frozen, signal.SIGKILL)
     assert f"lost to rank 1 on {socket.gethostname()} (" in end_of(process)
@@ -278,7 +288,7 @@ def test_a_job_of_slurm_saves_before_its_time_ends_and_is_queued_again(images, t
     )  # fmt: skip
     wait_for(lambda: (tmp_path / "runs" / "job_7" / LAST).exists())
     script.terminate()
-    output = script.communicate(timeout=100)[0]
+    output = script.communicate(timeout=PATIENCE)[0]
     assert "stopped; resume with the same command" in output and (tmp_path / "requeued").exists(), output
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TINY_FLAGS, start_with_thin_trials, stop_while_training, wait_for
+from helpers import PATIENCE, TINY_FLAGS, start_with_thin_trials, stop_while_training, wait_for
 
 import search
 from run.files import read_rows
@@ -186,7 +186,7 @@ def test_a_trial_that_the_system_kills_is_resumed(tmp_path, data_dir):
     wait_for(last.exists)
     pid = re.match(r"process (\d+) on", (last.parent / ".lock").read_text())[1]
     os.kill(int(pid), signal.SIGKILL)
-    out, err = searching.communicate(timeout=120)
+    out, err = searching.communicate(timeout=PATIENCE)
     assert searching.returncode == 0, err
     assert "killed by signal 9, perhaps because the system ran out of memory; resuming it" in out
     assert rows_of(path)[0]["state"] == "done"
@@ -199,7 +199,7 @@ def test_a_storage_that_does_not_respond_for_a_while_stops_no_trial(tmp_path, da
     with sqlite3.connect(tmp_path / "found" / "study.db", timeout=30) as database:
         database.execute("BEGIN EXCLUSIVE")
         time.sleep(12)  # the client waits for 5
-    out, err = searching.communicate(timeout=120)
+    out, err = searching.communicate(timeout=PATIENCE)
     assert searching.returncode == 0, err
     assert out.count("warning: the storage does not respond") == 1 and rows_of(path)[0]["state"] == "done"
 
@@ -229,7 +229,7 @@ def test_two_searches_share_a_storage(tmp_path, data_dir):
     storage = f"sqlite:///{tmp_path / 'studies.db'}"
     both = [start_search(path, data_dir, "--trials", "4", "--storage", storage) for _ in range(2)]
     for searching in both:
-        _, err = searching.communicate(timeout=240)
+        _, err = searching.communicate(timeout=PATIENCE)
         assert searching.returncode == 0, err
     rows = rows_of(path)
     assert 4 <= len(rows) <= 5 and all(row["state"] == "done" for row in rows)

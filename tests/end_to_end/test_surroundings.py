@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import THIN_MAIN, TINY_FLAGS, write_class_folders
+from helpers import PATIENCE, THIN_MAIN, TINY_FLAGS, write_class_folders
 
 from run.files import read_rows
 
@@ -31,7 +31,7 @@ def run_bare(folder, *flags, closed, **environment):
     else:
         env["HOME"] = "nowhere"  # not absolute: no home either
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "<&-"])

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import yaml
-from helpers import ROOT, THIN_MAIN, TINY_FLAGS, wait_for
+from helpers import PATIENCE, ROOT, THIN_MAIN, TINY_FLAGS, wait_for
 
 from model import load_checkpoint
 
@@ -37,7 +37,7 @@ class Sweeping:
     def _run(self, *words):
         command = [WANDB, *words]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=60
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
 
@@ -59,7 +59,7 @@ def test_two_agents_share_the_trials_of_a_sweep(tmp_path, data_dir, server):
     sweeping = Sweeping(tmp_path, data_dir, server, epochs=2, **values)
     agents = [sweeping.agent() for _ in range(2)]
     for agent in agents:
-        agent.communicate(timeout=240)
+        agent.communicate(timeout=PATIENCE)
     runs = list(server.runs.values())
     assert len(runs) == 2 and all(run.state == "finished" and run.epochs == [0, 1] for run in runs)
     for run in runs:
@@ -99,6 +99,6 @@ def test_a_trial_stopped_early_keeps_its_best_and_a_preempted_one_resumes(tmp_pa
 
 def test_a_misspelled_parameter_fails_fast_and_the_agent_shows_why(tmp_path, data_dir, server):
     sweeping = Sweeping(tmp_path, data_dir, server, epochs=1, learnign_rate={"value": 0.1})
-    out, _ = sweeping.agent().communicate(timeout=120)
+    out, _ = sweeping.agent().communicate(timeout=PATIENCE)
     assert "error: unrecognized arguments: --learnign_rate=0.1" in out
     assert not server.runs

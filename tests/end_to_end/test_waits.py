@@ -9,7 +9,7 @@ import sys
 import threading
 
 import pytest
-from helpers import ROOT, THIN_MAIN, TINY_FLAGS, differences, run_main, wait_for
+from helpers import PATIENCE, ROOT, THIN_MAIN, TINY_FLAGS, differences, run_main, wait_for
 
 from run.files import read_rows
 
@@ -50,7 +50,7 @@ def test_no_worker_is_left_and_nothing_is_printed_after_the_results(data_dir, tm
         for line in process.stdout:
             if line.startswith("results saved to"):
                 break
-        rest, _ = process.communicate(timeout=4)  # torch's own wait is 5 s per worker
+        rest, _ = process.communicate(timeout=9)  # torch's own wait is 5 s per worker, and there are two
     assert (process.returncode, rest) == (0, "")
 
 
@@ -73,7 +73,7 @@ END
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the permission to mount a file system")
     command = ["unshare", "-m", "bash", "-c", script, "bash", "--data_dirs", data_dir, *FLAGS, "--image_size", "64"]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
     if process.returncode == 99:
         pytest.skip("needs the permission to mount a file system")
     lines = [line for line in process.stdout.splitlines() if "/dev/shm has 0.1 MB free" in line]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, THIN_MAIN, TINY_FLAGS, start_main, wait_for
+from helpers import PATIENCE, ROOT, THIN_MAIN, TINY_FLAGS, start_main, wait_for
 from warm_main import WarmMain
 
 from model import load_checkpoint
@@ -33,7 +33,7 @@ def start_thin_main(*flags, cwd, **environment):
 
 def run_thin_main(*flags, cwd, **environment):
     """Start main.py and wait for its end. -> CompletedProcess"""
-    return warm_main(*flags, cwd=cwd, **environment).end(seconds=240)
+    return warm_main(*flags, cwd=cwd, **environment).end(seconds=PATIENCE)
 
 
 def warm_main(*flags, cwd, **environment):
@@ -94,7 +94,7 @@ def test_epochs_that_the_disk_refused_are_logged_once_although_they_are_trained_
     process = start_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 8, "--run_dir", last.parent, **env)
     wait_for(last.exists)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))  # no checkpoint any more
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and "epoch   7" in out and "error: " in err
     num_saved = load_checkpoint(last)["epoch"] + 1
     (run,) = server.runs.values()
@@ -113,7 +113,7 @@ def test_losing_the_server_during_a_run_does_not_stop_the_training(tmp_path, dat
     if fault == "dies":
         server.die()
     server.hanging = True
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert (tmp_path / "run" / "results.json").exists()
     (line,) = [line for line in out.splitlines() if line.startswith("W&B: not everything was uploaded")]
@@ -142,7 +142,7 @@ def run_printed_sync(out, env, folder):
     wandb = str(Path(sys.executable).with_name("wandb"))
     synced = {**os.environ, **env, "WANDB_CONFIG_DIR": str(folder / "wandb_config")}
     synced = {name: value for name, value in synced.items() if name not in ("cwd", "WANDB_MODE")}
-    subprocess.run([wandb, *command[1:]], env=synced, cwd=folder, check=True, capture_output=True, timeout=60)
+    subprocess.run([wandb, *command[1:]], env=synced, cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
 
 
 def test_the_printed_command_syncs_an_offline_run_and_its_resumption(tmp_path, data_dir, server):
@@ -191,7 +191,7 @@ def test_a_run_that_was_deleted_from_the_server_is_logged_to_a_new_one(tmp_path,
     for name, flags in cases.items():  # side by side, as each waits for the client to give up
         last = shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns("wandb")) / "last_model.pth"
         processes[name] = warm_main("--resume", last, "--epochs", 3, *flags, **env)
-    done = {name: process.end(seconds=240) for name, process in processes.items()}
+    done = {name: process.end(seconds=PATIENCE) for name, process in processes.items()}
     for name in ("named", "must"):
         assert done[name].returncode == 2, done[name].stdout
         (line,) = done[name].stderr.strip().splitlines()
@@ -322,7 +322,7 @@ def test_the_command_that_an_agent_makes_from_the_sweep_runs(sweep, tmp_path, da
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     args = json.loads((tmp_path / "trial" / "args.json").read_text())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, write_class_folders, write_images
+from helpers import PATIENCE, ROOT, write_class_folders, write_images
 from PIL import Image
 
 import images.cache
@@ -241,7 +241,7 @@ def test_a_process_stopped_while_filling_loses_only_seconds_of_work(tmp_path, nu
 def test_processes_that_fill_the_cache_at_once_do_not_disturb_each_other(tmp_path):
     photos = list(map(str, write_images(tmp_path / "photos", 150, suffix=".jpg", size=(200, 200))))
     processes = [start_filling(tmp_path, photos) for _ in range(3)]
-    printed = [process.communicate(timeout=60)[0] for process in processes]
+    printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert sorted("150 newly decoded" in text for text in printed) == [False, False, True]
     cache, rows, _ = fill(tmp_path / "cache", photos)

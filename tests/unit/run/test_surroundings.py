@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, write_images
+from helpers import PATIENCE, ROOT, write_images
 
 import search
 from run import surroundings
@@ -21,7 +21,7 @@ def python(script, *words, shell=None, unset=(), **environment):
     command = [sys.executable, "-c", script, *map(str, words)]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_what_is_printed_never_gets_into_a_file_of_a_run_whose_streams_are_closed(tmp_path):

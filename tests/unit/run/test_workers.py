@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import PATIENCE, ROOT
 from torch.utils.data import DataLoader, Dataset
 
 import run.workers
@@ -68,7 +68,7 @@ def test_workers_that_are_still_there_end_with_the_process_at_once_and_silently(
     with subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "done\n"
         started = time.monotonic()
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     # torch alone would wait 5 s for each worker
     assert (process.returncode, error) == (0, "") and time.monotonic() - started < 5
 
@@ -137,5 +137,5 @@ cycle.append(cycle)
 del cycle
 list(loader())
 """
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (process.returncode, process.stderr) == (0, "")
