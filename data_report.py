@@ -22,7 +22,7 @@ from images.classes import ClassNames
 from images.decode import limit_image_size
 from images.demo import use_demo_data
 from images.folders import ImageIndex, Paths
-from images.leakage import near_duplicates, subjects_of
+from images.leakage import near_duplicates, num_nameless, subjects_of
 from images.splits import make_splits, print_class_table
 from images.statistics import Measurements, measure
 from pages import LONGEST_NAME, write_page
@@ -37,6 +37,7 @@ SHEET_SIDE, AUGMENTED_CLASSES = 104, 24
 PAIRS_SHOWN = {"different labels": 24, "different splits": 12, "one class and split": 12}
 MAX_PROBLEMS, MAX_EXTREMES = 12, 6
 MAX_LISTED, MAX_ROWS = 500, 1000
+MAX_SORTED = 100_000  # pairs among which those to show are chosen
 SIZES_APART = 4  # times the median side: what is smaller or larger is pointed out
 
 
@@ -73,11 +74,11 @@ def check_data(args: argparse.Namespace) -> None:
     print_class_table(splits, args)
     data = collect(splits, args.resize, args.image_size)
     findings = what_needs_attention(data, args)
-    start_log(run_dir)  # not before: a check that is stopped leaves no folder
     notes = [f"The splits are those of fold 0 of {args.folds}; all folds have the same photographs."] * bool(all_folds)
+    write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
+    start_log(run_dir)  # not before: a check that is stopped or fails leaves no folder
     for finding in findings:
         print(f"warning: {finding}")
-    write_page(run_dir / PAGE_FILE, "data_report.html", **page_values(data, splits, args, findings, notes))
     print(f"checked {len(data.index)} photographs of {len(data.index.classes)} classes; nothing was trained")
     print(f"data report saved to {run_dir / PAGE_FILE}")
 
@@ -104,12 +105,13 @@ def find_pairs(thumbnails: np.ndarray, targets: np.ndarray, split_of: np.ndarray
     thumbnails: (N, THUMBNAIL, THUMBNAIL) uint8; targets, split_of: (N,) int.
     """
     rows = np.arange(len(targets))
-    # if too many photographs look alike to compare them all, those of two classes, then of two splits are found first
-    searches = [near_duplicates(thumbnails, rows, group_of) for group_of in (targets, split_of, rows)]
-    pairs = np.unique(np.concatenate([found for found, _ in searches]), axis=0)
+    pairs, all_pairs = near_duplicates(thumbnails, rows, rows)
+    if not all_pairs:  # too many photographs look alike to compare them all: those that matter are searched for apart
+        others = [near_duplicates(thumbnails, rows, group_of)[0] for group_of in (targets, split_of)]
+        pairs = np.unique(np.concatenate([pairs, *others]), axis=0)
     other_label, other_split = (group_of[pairs[:, 0]] != group_of[pairs[:, 1]] for group_of in (targets, split_of))
     kinds = (other_label, ~other_label & other_split, ~other_label & ~other_split)
-    return {kind: pairs[chosen] for kind, chosen in zip(PAIRS_SHOWN, kinds, strict=True)}, searches[-1][1]
+    return {kind: pairs[chosen] for kind, chosen in zip(PAIRS_SHOWN, kinds, strict=True)}, all_pairs
 
 
 def what_needs_attention(data: Data, args: argparse.Namespace) -> list[str]:
@@ -187,6 +189,7 @@ def page_values(
         "grades": data.index.classes if is_ordinal(args) else None,
         "classes": class_rows(splits, drawn[0], args),
         "subjects": subject_table(splits, args),
+        "num_nameless": sum(map(num_nameless, splits.values())),
         "training": [_with_code(sentence) for sentence in what_training_sees(args, drawn[0])],
         "sheet": augmented_sheet(augmenting, AUGMENTED_CLASSES),
         "sheet_epoch": augmenting.epoch,
@@ -241,7 +244,7 @@ def subject_table(splits: dict[str, ImageIndex], args: argparse.Namespace) -> li
             return None
         counts = np.unique(subjects, return_counts=True)[1]
         of_classes = np.unique(np.stack([subjects, splits[split].targets]), axis=1)[0]
-        several = len(of_classes) - len(np.unique(of_classes))
+        several = (np.unique(of_classes, return_counts=True)[1] > 1).sum()
         rows.append([split, len(counts), f"{np.median(counts):g}", counts.max(), several])
     return rows
 
@@ -278,7 +281,7 @@ def what_training_sees(args: argparse.Namespace, drawn: DrawnEpoch) -> list[str]
     if isinstance(drawn.train_set, AugmentedSkinDataset) or args.crt_epochs:
         methods = ", ".join(args.augmentation_methods).replace("_", " ")
         sentences.append(f"Augmentation: {methods} (--augmentation_methods).")
-    if args.drw_epoch:
+    if args.drw_epoch and (args.use_augmentation or args.sampling != "instance"):
         sentences.append(
             f"This starts in epoch {args.drw_epoch}; before, every photograph is seen once, {first} (--drw_epoch)."
         )
@@ -291,8 +294,9 @@ def what_training_sees(args: argparse.Namespace, drawn: DrawnEpoch) -> list[str]
         sizes = dict.fromkeys(progressive_size(epoch, args.epochs, size) for epoch in range(args.epochs))
         listed = ", then ".join(f"{side} x {side}" for side in sizes)
         sentences.append(f"Training images have {listed} pixels (--progressive).")
-    if args.mixup or args.cutmix:
-        sentences.append("Mixup and CutMix are applied to the batches afterwards.")
+    for name, value in {"Mixup": args.mixup, "CutMix": args.cutmix}.items():
+        if value:
+            sentences.append(f"{name} then mixes the images of a batch, which is not shown here (--{name.lower()}).")
     return [*sentences, "Validation and test photographs are never augmented."]
 
 
@@ -321,7 +325,7 @@ def _name_rows(positions, names):
 
 
 def problem_groups(data: Data, resize: str) -> list[dict[str, Any]]:
-    """-> [{title, number, photos}]: photographs with a problem, then the extremes of what is measured"""
+    """-> [{title, number, photos, listed: texts}]: photographs with a problem, then the extremes of what is measured"""
     measured, values = data.measured, data.measured.values
     sides = measured.shorter_sides()
     flagged = {
@@ -329,7 +333,7 @@ def problem_groups(data: Data, resize: str) -> list[dict[str, Any]]:
         "A single color": is_plain(measured),
         "Of very different size": far_sized(measured),
     }
-    groups = [(title, is_odd.sum(), np.flatnonzero(is_odd)[:MAX_PROBLEMS]) for title, is_odd in flagged.items()]
+    groups = [(title, np.flatnonzero(is_odd)) for title, is_odd in flagged.items()]
     extremes = {
         "Smallest": np.where(sides > 0, sides, np.inf), "Most elongated": -elongation(measured),
         "Darkest": values["brightness"], "Brightest": -values["brightness"],
@@ -337,9 +341,9 @@ def problem_groups(data: Data, resize: str) -> list[dict[str, Any]]:
     }  # fmt: skip
     for title, score in extremes.items():
         if len(np.unique(score[np.isfinite(score)])) > 1:  # otherwise all are alike
-            groups.append((title, None, np.argsort(score, kind="stable")[:MAX_EXTREMES]))
-    groups = [group for group in groups if len(group[2])]
-    images = iter(data_uris([data.index.paths[i] for _, _, chosen in groups for i in chosen], resize))
+            groups.append((title, np.argsort(score, kind="stable")[:MAX_EXTREMES]))
+    groups = [(title, members) for title, members in groups if len(members)]
+    images = iter(data_uris([data.index.paths[i] for _, members in groups for i in members[:MAX_PROBLEMS]], resize))
 
     def photo(i):
         about = f"{values['width'][i]} x {values['height'][i]}, brightness {values['brightness'][i]:.0f}, " \
@@ -347,25 +351,42 @@ def problem_groups(data: Data, resize: str) -> list[dict[str, Any]]:
         return {"image": next(images), "path": data.index.paths[i], "label": data.about(i), "about": about}
 
     return [
-        {"title": title, "number": number, "photos": [photo(i) for i in chosen]} for title, number, chosen in groups
-    ]
+        {
+            "title": title, "number": len(members) if title in flagged else None,
+            "photos": [photo(i) for i in members[:MAX_PROBLEMS]],
+            "listed": [f"{data.index.paths[i]} ({data.about(i)})" for i in members[:MAX_LISTED]],
+        }
+        for title, members in groups
+    ]  # fmt: skip
 
 
 def pair_groups(data: Data, resize: str) -> list[dict[str, Any]]:
-    """-> [{kind, number, shown: pairs of photos, listed: pairs of texts}]"""
+    """-> [{kind, number, shown: pairs of photos, listed: texts}]"""
     groups = []
     for kind, pairs in data.pairs.items():
         if not len(pairs):
             continue
-        chosen = pairs[: PAIRS_SHOWN[kind]].tolist()
+        chosen = varied(pairs, PAIRS_SHOWN[kind])
         images = iter(data_uris([data.index.paths[i] for pair in chosen for i in pair], resize))
         shown = [
             [{"image": next(images), "path": data.index.paths[i], "label": data.about(i)} for i in pair]
             for pair in chosen
         ]
-        listed = [[f"{data.index.paths[i]} ({data.about(i)})" for i in pair] for pair in pairs[:MAX_LISTED].tolist()]
+        listed = [
+            " and ".join(f"{data.index.paths[i]} ({data.about(i)})" for i in pair)
+            for pair in pairs[:MAX_LISTED].tolist()
+        ]
         groups.append({"kind": kind, "number": len(pairs), "shown": shown, "listed": listed})
     return groups
+
+
+def varied(pairs: np.ndarray, number: int) -> list[list[int]]:
+    """-> up to `number` of the pairs (P, 2), one for each group of photographs that look alike before others of it"""
+    first, others, seen = [], [], set()
+    for pair in pairs[:MAX_SORTED].tolist():
+        (first if seen.isdisjoint(pair) else others).append(pair)
+        seen.update(pair)
+    return [*first, *others][:number]
 
 
 def random_sheet(data: Data, args: argparse.Namespace) -> list[tuple[str, list]]:

@@ -54,7 +54,8 @@ def parse_flags(
             raise UserError(message.format(**vars(args)))
     is_new_folder = args.run_dir and not args.auto_resume and (args.eval_only or not args.resume)
     if is_new_folder and not checkpoint_is_known and os.path.lexists(args.run_dir):
-        raise UserError(f"--run_dir: {args.run_dir} already exists; name a new folder or add --auto_resume")
+        or_resume = "" if args.check_data else " or add --auto_resume"
+        raise UserError(f"--run_dir: {args.run_dir} already exists; name a new folder{or_resume}")
     if is_complete:
         _check_shares(args)
         if args.batch_size != "auto" and args.batch_size % num_ranks():

@@ -204,14 +204,12 @@ def augmented_sheet(drawn: DrawnEpoch, max_classes: int = SHEET_CLASSES) -> list
         return []
     index, sheet, sources = train_set.originals.index, [], drawn.sources()
     is_copy, targets = drawn.positions >= len(index), index.targets[sources]
-    for c in np.argsort(index.counts(), kind="stable").tolist():
-        if len(sheet) == max_classes:
-            break
+    order = np.argsort(index.counts(), kind="stable")
+    augmented = np.isin(order, targets if train_set.augment_all else targets[is_copy])
+    for c in order[augmented][:max_classes].tolist():
         members = np.flatnonzero((targets == c) & is_copy)
-        if not len(members) and train_set.augment_all:
-            members = np.flatnonzero(targets == c)
         if not len(members):
-            continue
+            members = np.flatnonzero(targets == c)
         # copies of one original, then others
         members = members[np.argsort(sources[members] != sources[members[0]], kind="stable")][:SHEET_COPIES]
         original = train_set.originals.read(sources[members[0]])

@@ -86,9 +86,14 @@ def has_subjects(flags: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
     return bool(flags.get("group_regex") or results.get("subject_column"))
 
 
+def num_nameless(index: ImageIndex) -> int:
+    """-> how many images have an empty cell in the column of the subjects, 0 without such a column."""
+    return sum(not name for name in index.columns[index.subject_column]) if index.subject_column else 0
+
+
 def warn_of_nameless_subjects(index: ImageIndex) -> None:
     """Print how many images have an empty cell in the column of the subjects."""
-    if index.subject_column and (number := sum(not name for name in index.columns[index.subject_column])):
+    if number := num_nameless(index):
         print(
             f"warning: --subject_column: {number} of {len(index)} images have no subject in {index.subject_column!r}; "
             "each of them counts as a subject of its own"

@@ -45,12 +45,13 @@ def test_the_data_of_class_folders_are_checked(tmp_path, capsys):
 
 def test_the_data_of_a_table_are_checked_with_their_subjects(tmp_path, capsys):
     paths = [path.name for path in write_images(tmp_path / "photos", 40)]
-    rows = [f"{name},{'ab'[i % 3 == 0]},p{i // 2},{i}" for i, name in enumerate(paths)]
+    rows = [f"{name},{'ab'[i % 3 == 0]},{f'p{i // 2}' if i else ''},{i}" for i, name in enumerate(paths)]
     (tmp_path / "table.csv").write_text("\n".join(["image,label,patient_id,age", *rows]))
     flags = ["--data_dirs", tmp_path / "photos", "--labels", tmp_path / "table.csv", *FLAGS, "--merge", "a=A"]
     assert run_main(*flags, "--run_dir", tmp_path / "check") == 0
     page = page_of(tmp_path / "check")
     assert "photographs per subject" in page and "A (a)" in page and "subjects" in capsys.readouterr().out
+    assert "1 photograph has no subject in the table." in page
 
 
 def test_a_class_that_is_missing_in_a_split_is_one_line_and_leaves_no_folder(tmp_path, capsys):
@@ -75,6 +76,7 @@ def test_photographs_that_are_all_alike_are_checked(tmp_path, capsys):
         (["--run_dir", "x", "--auto_resume"], "--check_data: checks the images of a new run"),
         (["--eval_only"], "--check_data: checks the images of a new run"),
         (["--data_dirs", "/nowhere"], "--data_dirs: /nowhere does not exist"),
+        (["--data_dirs", ".", "--run_dir", "."], "--run_dir: . already exists; name a new folder\n"),
     ],
 )
 def test_what_does_not_go_with_it_is_one_line(capsys, flags, message):
@@ -82,14 +84,22 @@ def test_what_does_not_go_with_it_is_one_line(capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_check_that_is_stopped_leaves_nothing(tmp_path, capsys, monkeypatch):
-    measure = data_report.measure
+@pytest.mark.parametrize("step", ["measure", "find_pairs", "page_values"])
+def test_a_check_that_is_stopped_leaves_nothing(tmp_path, capsys, monkeypatch, step):
+    take_step = getattr(data_report, step)
 
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        return measure(*arguments)
+        return take_step(*arguments)
 
-    monkeypatch.setattr(data_report, "measure", stopped)
+    monkeypatch.setattr(data_report, step, stopped)
     data = write_class_folders(tmp_path / "data")
     assert run_main("--data_dirs", data, *FLAGS, "--run_dir", tmp_path / "check") == 130
     assert "stopped" in capsys.readouterr().err and not (tmp_path / "check").exists()
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_report, "PAGE_FILE", "missing/page.html")
+    data = write_class_folders(tmp_path / "data")
+    assert run_main("--data_dirs", data, *FLAGS, "--run_dir", tmp_path / "check") == 2
+    assert "missing/page.html" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "check").exists()

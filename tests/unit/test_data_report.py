@@ -36,15 +36,23 @@ def args_of(*flags):
     return build_parser().parse_args(["--data_dirs", "photos", "--image_size", "32", "--run_dir", "run", *flags])
 
 
-def test_pairs_are_sorted_by_what_they_do_to_a_test():
+def test_pairs_are_sorted_by_what_they_do_to_a_test(monkeypatch):
+    search, searched = data_report.near_duplicates, []
+    monkeypatch.setattr(data_report, "near_duplicates", lambda *data: searched.append(1) or search(*data))
     thumbnails = patterns(8)
     thumbnails[5], thumbnails[6], thumbnails[7] = thumbnails[0], thumbnails[1], thumbnails[2]
     targets, split_of = np.array([0, 0, 1, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 1, 1, 2, 1, 0])
     pairs, complete = find_pairs(thumbnails, targets, split_of)
-    assert complete
+    assert complete and len(searched) == 1  # at a million photographs, each search costs
     assert {kind: found.tolist() for kind, found in pairs.items()} == {
         "different labels": [[0, 5]], "different splits": [[1, 6]], "one class and split": [[2, 7]],
     }  # fmt: skip
+
+
+def test_one_pair_of_each_group_of_photographs_is_shown_first():
+    pairs = np.array([[0, 1], [0, 2], [1, 2], [3, 5], [4, 6]])
+    assert data_report.varied(pairs, 3) == [[0, 1], [3, 5], [4, 6]]
+    assert data_report.varied(pairs, 4)[3:] == [[0, 2]]
 
 
 def test_photographs_that_all_look_alike_end_the_search_with_the_worst_pairs(monkeypatch):
@@ -84,7 +92,9 @@ def test_what_needs_attention_is_counted():
         (["--sampling", "balanced", "--crt_epochs", "2"], "The last 2 epochs draw every class", [5, 4]),
         (["--use_augmentation", "--drw_epoch", "5"], "This starts in epoch 5", [6, 6]),
         (["--progressive"], "have 32 x 32 pixels", [6, 3]),
-        (["--mixup", "0.2"], "Mixup and CutMix", [6, 3]),
+        (["--cutmix", "0.2"], "--augment_all are off. CutMix then mixes the", [6, 3]),
+        # a loss that is deferred changes no photograph
+        (["--train_loss", "weighted_ce", "--drw_epoch", "5"], "--augment_all are off. Validation and test", [6, 3]),
     ],
 )
 def test_the_page_says_what_training_sees(flags, said, per_epoch):
@@ -114,7 +124,8 @@ def test_the_page_is_bounded(monkeypatch, num_classes):
                                                     what_needs_attention(data, args), []))  # fmt: skip
     assert len(page) < 12e6 and len(read) < 500
     assert "/a/<b>.jpg" not in page and page.count("/a/&lt;b&gt;.jpg") == data_report.MAX_LISTED
-    assert f"24 of {number - 1} pairs are shown; the first 500 as a list" in page
+    assert f'{number - 1} pairs<span class="muted">, 24 are shown</span>' in page
+    assert page.count("<summary>List of the first 500, with their folders</summary>") == 3 + 1  # of the near-black
     for outside in ("http", "<script", "<link", "url(", 'src="/'):
         assert outside not in page
 
@@ -125,9 +136,10 @@ def test_classes_without_photographs_of_known_size_have_a_row():
 
 
 def test_subjects_with_several_classes_are_counted():
-    index = ImageIndex([f"{name}.jpg" for name in ("a_1", "a_2", "b_1", "c_1")], np.array([0, 1, 1, 1]), ["x", "y"])
+    names = ("a_1", "a_2", "a_3", "b_1", "c_1", "c_2")
+    index = ImageIndex([f"{name}.jpg" for name in names], np.array([0, 1, 2, 1, 1, 1]), ["x", "y", "z"])
     table = data_report.subject_table(
         dict.fromkeys(("train", "val", "test"), index), SimpleNamespace(group_regex="^(.)_")
     )
-    assert table[0] == ["train", 3, "1", 2, 1]
+    assert table[0] == ["train", 3, "2", 3, 1]
     assert data_report.subject_table({"train": index}, SimpleNamespace(group_regex=None)) is None
