@@ -119,10 +119,12 @@ def test_the_page_is_bounded(monkeypatch, num_classes):
         counts, dict.fromkeys(data_report.PAIRS_SHOWN, pairs), [("/a/<b>.jpg", "empty")] * number, near_black=True,
         sharpness=np.arange(number),
     )  # fmt: skip
+    data.all_pairs = False
     args = args_of("--use_augmentation", "--augment_all")
     page = render("data_report.html", **page_values(data, dict.fromkeys(("train", "val", "test"), data.index), args,
                                                     what_needs_attention(data, args), []))  # fmt: skip
     assert len(page) < 12e6 and len(read) < 500
+    assert "Too many photographs look alike" in page
     assert "/a/<b>.jpg" not in page and page.count("/a/&lt;b&gt;.jpg") == data_report.MAX_LISTED
     assert f'{number - 1} pairs<span class="muted">, 24 are shown</span>' in page
     assert page.count("<summary>List of the first 500, with their folders</summary>") == 3 + 1  # of the near-black
