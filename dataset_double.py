@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
-from flags import AUGMENTATIONS
+from flags import AUGMENTATIONS, MAX_ROTATION
 from images.augment import IDENTITY, augment, draw_parameters
 from images.decode import image_size_limit, limit_image_size, read_image
 from images.folders import ImageIndex
@@ -59,7 +59,7 @@ class AugmentedSkinDataset(Dataset):
 
     By default, that is the size of the largest class; a class above it keeps all of its originals. A copy depends only
     on (seed, epoch, position), whatever process draws it. A position costs 4 bytes: images are read only when needed.
-    augment_all: augment the originals too.
+    augment_all: augment the originals too. max_rotation: in degrees, to either side.
 
     [position] -> (image (3, image_size, image_size) uint8, target int); a list of positions -> a batch. Positions past
     the end wrap around to further copies, which `ClassSampler` uses. With `on_device`, images are returned unchanged,
@@ -74,8 +74,10 @@ class AugmentedSkinDataset(Dataset):
         seed: int = 42,
         on_device: bool = False,
         augment_all: bool = False,
+        max_rotation: float = MAX_ROTATION,
     ):
         self.originals, self.seed, self.on_device, self.augment_all = originals, seed, on_device, augment_all
+        self.max_rotation = max_rotation
         self.methods = tuple(AUGMENTATIONS if methods is None else methods)
         counts = originals.index.counts()
         target = counts.max() if target_samples_per_class is None else target_samples_per_class
@@ -102,7 +104,8 @@ class AugmentedSkinDataset(Dataset):
         """-> the 9 floats of `draw_parameters`; those of an original change nothing, unless all are augmented."""
         if position < len(self.originals) and not self.augment_all:
             return IDENTITY
-        return draw_parameters(self.methods, np.random.default_rng((self.seed, int(self.epoch), position)))
+        rng = np.random.default_rng((self.seed, int(self.epoch), position))
+        return draw_parameters(self.methods, rng, self.max_rotation)
 
     def __getitem__(self, position: int) -> tuple:
         images, targets, *parameters = self.__getitems__([position])
@@ -215,7 +218,9 @@ def training_set(
     if not (use_augmentation or args.augment_all or sampling != "instance"):
         return train_set
     target = args.target_samples_per_class if use_augmentation else 1  # 1: no copies
-    return AugmentedSkinDataset(train_set, target, args.augmentation_methods, args.seed, on_device, args.augment_all)
+    return AugmentedSkinDataset(
+        train_set, target, args.augmentation_methods, args.seed, on_device, args.augment_all, args.rotation
+    )
 
 
 def train_loader(

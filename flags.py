@@ -30,6 +30,7 @@ WEIGHTED_LOSSES = ("cb", "weighted_ce", "ldam")  # their class weights are what 
 CB_FORMS = ("softmax", "sigmoid")
 SAMPLINGS = ("instance", "balanced", "sqrt", "progressive")
 AUGMENTATIONS = ("horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter")
+MAX_ROTATION = 15.0  # degrees, to either side
 AMP_MODES = ("auto", "off", "bf16", "fp16")
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")
 WANDB_MODES = ("online", "offline", "disabled")
@@ -167,6 +168,13 @@ def _add_sampling_flags(group):
         default=list(AUGMENTATIONS),
         metavar="METHOD",
         help=f"how copies are changed [{' '.join(AUGMENTATIONS)}]",
+    )
+    add(
+        "--rotation",
+        type=number(float, low=0, high=180),
+        default=MAX_ROTATION,
+        metavar="DEGREES",
+        help="rotation by at most so many degrees to either side; 180 if photographs have no upright [15]",
     )
     add_switch(group, "augment_all", False, "augment every training image, not only the copies")
     add("--sampling", choices=SAMPLINGS, default="instance", help="how often each class is drawn [instance]")

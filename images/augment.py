@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MAX_ROTATION = math.radians(15)
+from flags import MAX_ROTATION
+
 MAX_SCALE = 1.1
 MAX_SHEAR = math.tan(math.radians(5))
 MAX_SHIFT = 0.05  # of the side
@@ -19,15 +20,18 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0)
 cv2.setNumThreads(0)  # each loader worker handles its own image: threads inside OpenCV would compete with each other
 
 
-def draw_parameters(methods: Sequence[str], rng: np.random.Generator) -> tuple[float, ...]:
+def draw_parameters(
+    methods: Sequence[str], rng: np.random.Generator, max_rotation: float = MAX_ROTATION
+) -> tuple[float, ...]:
     """Draw the parameters of one augmented image -> (a, b, x, c, d, y, brightness, contrast, saturation).
 
-    methods: names of `flags.AUGMENTATIONS`; leaving one out does not change the draws of the others. A point p of the
-    result, measured from its center in units of half its side, shows the original at [[a, b], [c, d]] p + (x, y).
+    methods: names of `flags.AUGMENTATIONS`; leaving one out does not change the draws of the others. max_rotation: in
+    degrees, to either side. A point p of the result, measured from its center in units of half its side, shows the
+    original at [[a, b], [c, d]] p + (x, y).
     """
     flip, angle, zoom, shear, x, y, brightness, contrast, saturation = rng.uniform(-1, 1, 9).tolist()
     flip = -1.0 if "horizontal_flip" in methods and flip < 0 else 1.0
-    angle = MAX_ROTATION * angle if "rotation" in methods else 0.0
+    angle = math.radians(max_rotation) * angle if "rotation" in methods else 0.0
     zoom = MAX_SCALE**zoom if "scale" in methods else 1.0
     shear = MAX_SHEAR * shear if "shear" in methods else 0.0
     x, y = (2 * MAX_SHIFT * x, 2 * MAX_SHIFT * y) if "shift" in methods else (0.0, 0.0)

@@ -26,7 +26,7 @@ UNITS = {
     "max_megapixels": "megapixels", "num_workers": "processes", "patience": "epochs", "save_every": "steps",
     "scaling": "processes",
     "save_minutes": "minutes", "target_samples_per_class": "images", "trials": "trials", "wandb_images": "photographs",
-    "warmup_epochs": "epochs",
+    "warmup_epochs": "epochs", "rotation": "degrees",
 }  # fmt: skip
 NO_UNIT = {
     "alpha", "beta", "clip_grad", "coverage", "cutmix", "dropout_prob", "ema", "gamma", "learning_rate", "max_margin",

@@ -25,6 +25,7 @@ FLAGS = {
     "--gamma": 2.0, "--cb_form": "softmax", "--alpha": None, "--smoothing": 0.1, "--tau": 1.0, "--max_margin": 0.5,
     "--ordinal": False, "--ordinal_decay": 2.0, "--drw_epoch": 0, "--use_augmentation": False,
     "--target_samples_per_class": None,
+    "--rotation": 15.0,
     "--augmentation_methods": ["horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter"],
     "--augment_all": False, "--sampling": "instance", "--crt_epochs": 0, "--mixup": 0, "--cutmix": 0,
     "--pretrained": True, "--weights": None, "--dropout_prob": 0.3, "--epochs": 100, "--batch_size": 32,

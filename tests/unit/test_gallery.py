@@ -28,8 +28,8 @@ from model import Model
 
 FLAGS = {
     "image_size": 32, "resize": "stretch", "augment_all": False, "target_samples_per_class": None,
-    "augmentation_methods": None, "seed": 3, "use_augmentation": False, "sampling": "instance", "epochs": 10,
-    "drw_epoch": 0, "crt_epochs": 0,
+    "augmentation_methods": None, "rotation": 15, "seed": 3, "use_augmentation": False, "sampling": "instance",
+    "epochs": 10, "drw_epoch": 0, "crt_epochs": 0,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Augmentation on the CPU, and of a batch on its device."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -34,6 +36,13 @@ def test_rotation_is_around_the_center_and_leaves_no_black_corners():
     rotated = augmented(image, "rotation", 1)
     assert rotated[32, 32].tolist() == [90] * 3 and rotated[[0, 0, -1, -1], [0, -1, 0, -1]].min() == 200
     assert not np.array_equal(rotated, image)
+
+
+def test_rotation_goes_up_to_its_limit_to_either_side():
+    for limit in (15, 180):
+        drawn = [draw_parameters(["rotation"], np.random.default_rng(seed), limit) for seed in range(200)]
+        degrees = [math.degrees(math.atan2(b, a)) for a, b, *_ in drawn]
+        assert -limit <= min(degrees) < -0.95 * limit and 0.95 * limit < max(degrees) <= limit
 
 
 def test_scale_changes_the_size_of_a_spot_by_at_most_a_tenth():
