@@ -37,13 +37,28 @@ def _adjusted_logits(probabilities, samples_per_cls, tau, temperature):
     return logits - tau * np.log(class_shares(samples_per_cls).numpy(), dtype=np.float64)
 
 
+def correct_prior(probabilities: np.ndarray, prior: np.ndarray, gamma: float = 0.0) -> np.ndarray:
+    """Undo what the loss and the sampling did to the class shares: nothing is fitted. See docs/methods.md.
+
+    A model that is trained on images whose classes have the shares s, with cross entropy and class weights w, comes to
+    p(y | x) proportional to p(x | y) s_y w_y: dividing by the prior s_y w_y leaves classes that are equally common
+    (King & Zeng 2001; Saerens et al. 2002, eq. 2.4). The focal loss makes probabilities less extreme, which is undone
+    first: p is proportional to q / [(1 - q)^gamma - gamma (1 - q)^(gamma - 1) q log q] for its minimizer q
+    (Charoenphakdee et al. 2021, theorem 11). probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
+    """
+    q = np.clip(probabilities.astype(np.float64), TINY, 1 - 1e-12)
+    posterior = q / ((1 - q) ** gamma - gamma * (1 - q) ** (gamma - 1) * q * np.log(q))
+    corrected = posterior / prior
+    return np.maximum(corrected / corrected.sum(axis=1, keepdims=True), TINY).astype(np.float32)
+
+
 def fit_posthoc(
-    targets: np.ndarray, probabilities: np.ndarray, samples_per_cls: Sequence[int], metric: str
-) -> dict[str, float]:
-    """-> {"tau", "temperature"} fitted on the validation images. targets: (N,); probabilities: (N, C).
+    targets: np.ndarray, probabilities: np.ndarray, samples_per_cls: Sequence[int], metrics: Sequence[str]
+) -> list[dict[str, float]]:
+    """-> {"tau", "temperature"} for each metric, fitted on the validation images. targets: (N,); probabilities: (N, C).
 
     temperature minimizes the mean negative log likelihood, without tau, which changes the class shares. tau then
-    maximizes `metric` ("balanced_acc" or "macro_f1"): 0 if that is among the best, else the middle of the widest run
+    maximizes the metric ("balanced_acc" or "macro_f1"): 0 if that is among the best, else the middle of the widest run
     of best values.
     """
     from scipy.optimize import minimize_scalar
@@ -56,12 +71,16 @@ def fit_posthoc(
     optimum = minimize_scalar(negative_log_likelihood, bounds=np.log(TEMPERATURES), method="bounded")
     temperature = float(np.exp(optimum.x))
     adjusted = (_adjusted_logits(probabilities, samples_per_cls, tau, temperature) for tau in TAUS)
-    values = [summary_metrics(targets, logits)[metric] for logits in adjusted]
+    values = [summary_metrics(targets, logits) for logits in adjusted]
+    taus = [_best_tau([at_tau[metric] for at_tau in values]) for metric in metrics]
+    return [{"tau": tau, "temperature": temperature} for tau in taus]
+
+
+def _best_tau(values):
     best = np.flatnonzero(np.isclose(values, max(values)))
     runs = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(runs, key=len)
-    tau = 0.0 if 0 in TAUS[best] else float(TAUS[widest[len(widest) // 2]])
-    return {"tau": tau, "temperature": temperature}
+    return 0.0 if 0 in TAUS[best] else float(TAUS[widest[len(widest) // 2]])
 
 
 class ValOutputs(NamedTuple):

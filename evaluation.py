@@ -35,6 +35,10 @@ from run.saver import BEST
 from schedule import build_loss_from_flags
 from subgroups import SUBGROUPS_FILE, all_subgroups, print_subgroups, write_subgroups
 
+# logit adjustments fitted on the validation images, for --best_metric and for macro F1, under their names in
+# results.json and in the checkpoint
+POSTHOC_NAMES = ("posthoc", "posthoc_macro_f1")
+
 # ---------------------------------------------------------------------------------------------------- the best model
 
 
@@ -56,7 +60,8 @@ def evaluate_best(
     results, probabilities = evaluate_splits(engine, evaluated, args, best, outputs or {})
     if not is_first():
         return results, probabilities
-    best["posthoc"] = {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    for name in POSTHOC_NAMES:
+        best[name] = {value: results[name][value] for value in ("tau", "temperature")}
     targets, val_probabilities = splits["val"].targets, probabilities["val"]
     best["val_outputs"] = {
         "probabilities": torch.from_numpy(val_probabilities), "targets": torch.from_numpy(targets)
@@ -127,16 +132,12 @@ def evaluate_splits(
         if args.tta:
             loss, probs, _ = mirrored[split]
             results.setdefault("tta", {})[split] = split_metrics(split, loss, probs)
-    fitted = checkpoint["posthoc"]
-    if not fitted and "val" in splits:
-        metric = checkpoint["best_metric_name"].removeprefix("val_")
-        fitted = fit_posthoc(splits["val"].targets, probabilities["val"], samples_per_cls, metric)
-    if fitted:
-        results["posthoc"] = dict(fitted)
+    for name, fitted in _fitted(checkpoint, splits, probabilities).items():
+        results[name] = dict(fitted)
         for split, index in splits.items():
             adjusted = adjust(probabilities[split], samples_per_cls, **fitted)
             loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
-            results["posthoc"][split] = split_metrics(split, loss, adjusted)
+            results[name][split] = split_metrics(split, loss, adjusted)
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
     if splits["test"].subject_column:
         results["subject_column"] = splits["test"].subject_column
@@ -147,6 +148,16 @@ def evaluate_splits(
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, probabilities
+
+
+def _fitted(checkpoint, splits, probabilities):
+    """-> {name in results.json: {"tau", "temperature"}}, of the checkpoint or else fitted on the validation images."""
+    known = {name: checkpoint[name] for name in POSTHOC_NAMES if checkpoint[name]}
+    if len(known) == len(POSTHOC_NAMES) or "val" not in splits:
+        return known
+    metrics = [checkpoint["best_metric_name"].removeprefix("val_"), "macro_f1"]
+    val = splits["val"].targets, probabilities["val"]
+    return dict(zip(POSTHOC_NAMES, fit_posthoc(*val, checkpoint["samples_per_cls"], metrics), strict=True)) | known
 
 
 # --------------------------------------------------------------------------------------------------------- the images
@@ -218,7 +229,12 @@ def print_results(results: dict, run_dir: str | Path) -> None:
     for split in ("val", "test"):
         if split in results:
             print_metrics(split, results[split])
-    for name, about in (("tta", "with the mirror image"), ("posthoc", "with logit adjustment")):
+    variants = {
+        "tta": "with the mirror image",
+        "posthoc": "with logit adjustment",
+        "posthoc_macro_f1": "with logit adjustment for macro F1",
+    }
+    for name, about in variants.items():
         if name in results:
             tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
             print_metrics(f"test {about}{tau}", results[name]["test"])

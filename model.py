@@ -24,7 +24,8 @@ CHECKPOINT_TYPES = {
     "raw_state_dict": dict,  # with --ema the weights in training, else empty
     "averaged_steps": int,  # with --ema, the number of averaged steps
     "optimizer_state_dict": dict, "scheduler_state_dict": dict, "scaler_state_dict": dict,
-    "posthoc": (dict, type(None)),  # tau and temperature, fitted at the end of the training
+    # tau and temperature for --best_metric and for macro F1, fitted at the end of the training
+    "posthoc": (dict, type(None)), "posthoc_macro_f1": (dict, type(None)),
     # {"probabilities": (N, C) float32, "targets": (N,) int64} of the val images in the order of "splits", stored when
     # the training has ended, for prediction sets
     "val_outputs": (dict, type(None)),
@@ -37,7 +38,7 @@ CHECKPOINT_TYPES = {
     "table": (dict, type(None)),  # labels and columns of `--labels`, see images/table_state.py
 }  # fmt: skip
 # what older checkpoints, which lack these keys, mean
-ABSENT_KEYS = {"decoder_version": 1, "val_outputs": None, "table": None}
+ABSENT_KEYS = {"decoder_version": 1, "val_outputs": None, "table": None, "posthoc_macro_f1": None}
 
 
 class CosineHead(nn.Module):

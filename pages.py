@@ -284,10 +284,10 @@ def _evaluations(results):
     evaluations = {name: results[split] for split, name in names.items() if split in results}
     if "tta" in results:
         evaluations["test with the mirror image"] = results["tta"]["test"]
-    if "posthoc" in results:
-        fitted = results["posthoc"]
-        fit = f"tau {fitted['tau']:g}, temperature {fitted['temperature']:.2f}"
-        evaluations[f"test with logit adjustment ({fit})"] = fitted["test"]
+    for name, about in (("posthoc", ""), ("posthoc_macro_f1", " for macro F1")):
+        if fitted := results.get(name):
+            fit = f"tau {fitted['tau']:g}, temperature {fitted['temperature']:.2f}"
+            evaluations[f"test with logit adjustment{about} ({fit})"] = fitted["test"]
     return evaluations
 
 

@@ -200,6 +200,7 @@ def snapshot(
         "scheduler_state_dict": copied_to_cpu(engine.scheduler.state_dict()),
         "scaler_state_dict": copied_to_cpu(engine.scaler.state_dict()),
         "posthoc": None,
+        "posthoc_macro_f1": None,
         "val_outputs": None,
         "best_metric": progress.best_metric,
         "best_metric_name": args.best_metric,

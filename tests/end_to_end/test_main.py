@@ -75,7 +75,7 @@ def test_results_are_those_of_scikit_learn_for_the_predictions(finished_run):
         metrics = results[split]
         names = {"acc", "balanced_acc", "macro_f1", "nll", "ece", "few_shot_acc"}  # all classes have few images
         assert set(metrics) == {"loss", "per_class", "confusion_matrix"} | names | {f"{name}_ci" for name in names}
-        assert set(results["posthoc"][split]) == set(metrics)
+        assert set(results["posthoc"][split]) == set(results["posthoc_macro_f1"][split]) == set(metrics)
         assert metrics["balanced_acc"] == pytest.approx(balanced_accuracy_score(labels, predictions))
         assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
         assert metrics["acc"] == pytest.approx(np.mean([int(row["correct"]) for row in rows]))
@@ -98,12 +98,15 @@ def test_the_model_of_the_best_epoch_is_tested(finished_run):
 def test_the_posthoc_adjustment_is_stored_in_the_best_model_and_reused(copied_run, tmp_path):
     results = json.loads((copied_run / "results.json").read_text())
     best = load_checkpoint(copied_run / "best_model.pth")
-    assert best["posthoc"] == {name: results["posthoc"][name] for name in ("tau", "temperature")}
+    for name in ("posthoc", "posthoc_macro_f1"):
+        assert best[name] == {value: results[name][value] for value in ("tau", "temperature")}
+    assert results["posthoc_macro_f1"]["val"]["macro_f1"] >= results["val"]["macro_f1"]
     write_checkpoint(copied_run / "best_model.pth", {**best, "posthoc": {"tau": 0.5, "temperature": 2.0}})
     flags = ["--eval_only", "--tta", "--ordinal", "--run_dir", tmp_path / "eval"]
     assert run_main("--resume", copied_run / "best_model.pth", *flags) == 0
     evaluated = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert (evaluated["posthoc"]["tau"], evaluated["posthoc"]["temperature"]) == (0.5, 2.0)
+    assert evaluated["posthoc_macro_f1"]["tau"] == results["posthoc_macro_f1"]["tau"]
     assert evaluated["test"]["balanced_acc"] == results["test"]["balanced_acc"]
     assert "quadratic_kappa" in evaluated["test"] and set(evaluated["tta"]["test"]) == set(evaluated["test"])
 

@@ -5,10 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, softmax
 
-from calibration import PredictionSets, ValOutputs, adjust, fit_posthoc
+from calibration import PredictionSets, ValOutputs, adjust, correct_prior, fit_posthoc
 from metrics import full_metrics, summary_metrics
+from utils import FocalLoss
 
 COUNTS = [900, 90, 9]
 
@@ -39,7 +42,7 @@ def test_adjustment_is_the_formula_of_the_paper():
 def test_an_adjustment_fitted_on_one_set_improves_another(tau):
     """tau is negative if the model favors the rare classes."""
     targets, probabilities = biased_predictions(tau, seed=0)
-    fitted = fit_posthoc(targets, probabilities, COUNTS, "balanced_acc")
+    fitted = fit_posthoc(targets, probabilities, COUNTS, ["balanced_acc"])[0]
     assert fitted["tau"] == pytest.approx(tau, abs=0.2)
     targets, probabilities = biased_predictions(tau, seed=1)
     adjusted = adjust(probabilities, COUNTS, **fitted)
@@ -49,7 +52,7 @@ def test_an_adjustment_fitted_on_one_set_improves_another(tau):
 
 def test_the_temperature_reduces_the_calibration_error():
     targets, probabilities = biased_predictions(0, seed=0)
-    fitted = fit_posthoc(targets, probabilities, COUNTS, "balanced_acc")
+    fitted = fit_posthoc(targets, probabilities, COUNTS, ["balanced_acc"])[0]
     adjusted = adjust(probabilities, COUNTS, **fitted)
     ece_before, ece_after = (
         full_metrics(targets, p, "abc", COUNTS, resamples=5)["ece"] for p in (probabilities, adjusted)
@@ -62,16 +65,54 @@ def test_a_calibrated_model_keeps_a_temperature_of_one():
     targets = np.repeat(np.arange(3), [9000, 900, 90])
     scores = rng.normal(size=(len(targets), 3)) + 2 * np.eye(3)[targets]
     probabilities = softmax(2 * scores + np.log([0.90090, 0.09009, 0.00901]), axis=1)  # Bayes' rule
-    fitted = fit_posthoc(targets, probabilities, COUNTS, "balanced_acc")
+    fitted = fit_posthoc(targets, probabilities, COUNTS, ["balanced_acc"])[0]
     assert fitted["temperature"] == pytest.approx(1, abs=0.1) and fitted["tau"] == pytest.approx(1, abs=0.3)
 
 
 def test_tau_is_zero_if_an_adjustment_gains_nothing():
     targets = np.array([0, 0, 1, 2])
-    assert fit_posthoc(targets, np.eye(3)[targets] * 0.97 + 0.01, COUNTS, "macro_f1")["tau"] == 0
+    assert fit_posthoc(targets, np.eye(3)[targets] * 0.97 + 0.01, COUNTS, ["macro_f1"])[0]["tau"] == 0
+
+
+# ------------------------------------------------------------------------------------------- correction of the prior
+
+
+def two_gaussians(shares):
+    """-> posterior (17, 2) at x = -2, -1.75 ... 2 of the classes N(-1, 1) and N(1, 1), which have these shares"""
+    x = np.linspace(-2, 2, 17)
+    joint = np.exp(-((x[:, None] - [-1, 1]) ** 2) / 2) * shares
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def minimizer(posterior, weights, gamma):
+    """What a model of unlimited capacity comes to: the minimum of the project's loss at each point. -> (N, 2)"""
+    loss = FocalLoss(torch.tensor(weights), gamma)
+
+    def probability_of_first(eta):
+        def risk(logit):
+            logits = torch.tensor([[logit, 0.0]] * 2, dtype=torch.float64)
+            each = [loss(logits[[k]], torch.tensor([k])).item() for k in (0, 1)]
+            return eta[0] * each[0] + eta[1] * each[1]
+
+        return expit(minimize_scalar(risk, bounds=(-30, 30), method="bounded", options={"xatol": 1e-6}).x)
+
+    first = np.array([probability_of_first(eta) for eta in posterior])
+    return np.stack([first, 1 - first], axis=1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.9, 0.1]])
+def test_the_correction_gives_back_the_posterior_of_equally_common_classes(shares, gamma):
+    balanced, shares, weights = two_gaussians([0.5, 0.5]), np.array(shares), np.array([0.1, 1.9])
+    trained = minimizer(two_gaussians(shares), weights, gamma)
+    assert np.abs(trained - balanced).max() > 0.15
+    assert correct_prior(trained, shares * weights, gamma) == pytest.approx(balanced, abs=5e-3)
+    if gamma == 2 and shares[0] == 0.5:  # without undoing the focal loss, the correction goes too far
+        assert balanced[8, 0] == 0.5 and correct_prior(trained, weights)[8, 0] > 0.6
 
 
 def test_zero_probabilities_stay_finite():
+    assert np.isfinite(correct_prior(np.array([[1.0, 0.0, 0.0]]), np.array([0.1, 1, 10]), gamma=0.5)).all()
     adjusted = adjust(np.array([[1.0, 0.0, 0.0]]), COUNTS, 1.0)
     assert (adjusted > 0).all() and summary_metrics(np.array([0]), adjusted)["acc"] == 1
 
