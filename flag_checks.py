@@ -7,7 +7,7 @@ from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
 from flag_queries import flag_of, scaled_learning_rate
-from flags import DEMO_DEFAULTS, NOT_INHERITED, SPLITS, WEIGHTED_LOSSES, build_parser
+from flags import DEMO_DEFAULTS, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_file, check_is_folder, prefixed
@@ -26,7 +26,8 @@ def parse_flags(
     argv = with_config(argv)
     explicit = explicit_flags(argv)
     parser = build_parser()
-    parser.set_defaults(**(inherited or (DEMO_DEFAULTS if explicit.get("demo") else {})))
+    defaults = {**(DEMO_DEFAULTS if explicit.get("demo") else {}), **recipe_flags(explicit, argv)}
+    parser.set_defaults(**(inherited or defaults))
     args = parser.parse_args(argv)
     if inherited and args.batch_size == "auto":  # was found when the run was started
         args.batch_size = parser.get_default("batch_size")
@@ -115,6 +116,19 @@ def explicit_flags(argv: Sequence[str]) -> dict[str, Any]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv))
+
+
+def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """-> {flag: value} of `--recipe`, without flags that are given, or that a flag that is given excludes.
+
+    explicit: `explicit_flags(argv)`.
+    """
+    recipe = {name: value for name, value in RECIPES.get(explicit.get("recipe"), {}).items() if name not in explicit}
+    parser = build_parser()
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    excluded = {name for names, is_broken, _ in RULES if is_broken(args) for name in names}
+    return {name: value for name, value in recipe.items() if name not in excluded}
 
 
 def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag: str = "--resume") -> None:

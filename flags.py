@@ -44,10 +44,15 @@ DEMO_DEFAULTS = {
     "pretrained": False,
     "wandb_mode": "disabled",
 }
+# {name: flags of `--recipe`}; those of the command line win
+RECIPES = {
+    "two_level": {"train_loss": "cb", "use_augmentation": True},
+    "strong": {"train_loss": "ce", "sampling": "balanced", "augment_all": True, "ema": 0.99},
+}
 # flags that do not change what a run learns; nor do those of W&B
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
-    "save_minutes", "max_megapixels", "subgroup_columns",
+    "save_minutes", "max_megapixels", "subgroup_columns", "recipe",
 }  # fmt: skip
 # flags that concern the process, not the run: neither a checkpoint nor a file of flags hands them on
 NOT_INHERITED = (
@@ -196,6 +201,12 @@ def _add_sampling_flags(group):
 
 def _add_training_flags(group):
     add = group.add_argument
+    add(
+        "--recipe",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help=f"defaults for many flags at once: {', '.join(RECIPES)}; flags that are given win [none]",
+    )
     add("--epochs", type=number(int, low=1), default=100, metavar="N", help="number of epochs [100]")
     add(
         "--batch_size",

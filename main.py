@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
 
     # schedule: only now are the training images oversampled
     stages = plan_stages(args, splits["train"], criterion, device)
-    print_stages(stages, len(splits["train"]))
+    print_stages(stages, len(splits["train"]), args)
     val_loader = eval_loader(splits["val"], args, device)
 
     # model: built, and restored when resuming

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dataset_double import ClassSampler, train_loader
+from flags import RECIPES
 from images.folders import ImageIndex
 from run.cli import UserError
 from run.machine import has_fused_optimizer
@@ -145,8 +146,13 @@ def progressive_size(epoch: int, epochs: int, image_size: int) -> int:
     return min(max(side, SMALLEST_SIZE), image_size)
 
 
-def print_stages(stages: list[Stage], num_originals: int) -> None:
-    """Print what each stage does about imbalance, in words. num_originals: number of training images."""
+def print_stages(stages: list[Stage], num_originals: int, args: argparse.Namespace) -> None:
+    """Print the flags of `--recipe`, and what each stage does about imbalance in words.
+
+    num_originals: number of training images.
+    """
+    if args.recipe:
+        print(f"recipe {args.recipe}:", *(f"--{name}={getattr(args, name)}" for name in RECIPES[args.recipe]))
     for stage in stages:
         when = f", epochs {stage.start} to {stage.end - 1}" if len(stages) > 1 else ""
         dataset, sampler = stage.loader.dataset, stage.loader.batch_sampler.sampler

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from flag_checks import check_inherited, parse_flags, with_config
+from flags import RECIPES
 from run import ranks
 from run.cli import UserError
 
@@ -217,3 +218,30 @@ def test_a_check_of_the_data_is_the_work_of_one_process(monkeypatch, data):
     monkeypatch.setattr(ranks, "_group", SimpleNamespace(rank=0, size=2))
     with pytest.raises(UserError, match="--check_data: is the work of one process"):
         parse_flags(["--data_dirs", data, "--check_data"])
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_set_of_defaults(name, data):
+    plain, args = (vars(parse_flags(["--data_dirs", data, *flags])) for flags in ([], ["--recipe", name]))
+    assert {flag: args[flag] for flag in RECIPES[name]} == RECIPES[name] and args["recipe"] == name
+    assert {flag for flag in args if args[flag] != plain[flag]} <= {"recipe", *RECIPES[name]}
+
+
+def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path):
+    (tmp_path / "flags.yaml").write_text("recipe: strong\nema: 0.5\n")
+    args = parse_flags(["--config", str(tmp_path / "flags.yaml"), "--data_dirs", data, "--use_augmentation"])
+    assert (args.ema, args.use_augmentation, args.sampling, args.augment_all) == (0.5, True, "instance", True)
+    args = parse_flags(["--recipe", "two_level", "--sampling", "sqrt", "--data_dirs", data])
+    assert (args.sampling, args.use_augmentation, args.train_loss) == ("sqrt", False, "cb")
+    with pytest.raises(UserError, match="both oversample"):  # a mistake of the user's own
+        parse_flags(["--recipe", "strong", "--sampling", "sqrt", "--use_augmentation", "--data_dirs", data])
+    assert parse_flags(["--recipe", "two_level", "--demo"]).epochs == 8
+
+
+def test_a_resumed_run_keeps_the_flags_of_its_checkpoint_whatever_its_recipe(data, checkpoint):
+    trained = vars(parse_flags(["--recipe", "strong", "--ema", "0.5", "--data_dirs", data]))
+    argv = ["--resume", checkpoint, "--recipe", "strong"]
+    assert parse_flags(argv, trained, checkpoint_is_known=True).ema == 0.5

@@ -45,14 +45,15 @@ def printed_stages(capsys, folder, *flags):
     index = index_of([12, 6, 3])
     stages = plan_stages(args, index, build_loss_from_flags(args, index.counts()), torch.device("cpu"))
     assert last_stage_start(args) == stages[-1].start
-    print_stages(stages, len(index))
+    print_stages(stages, len(index), args)
     return capsys.readouterr().out.splitlines()
 
 
 def test_one_line_says_in_words_what_is_done_about_imbalance(tmp_path, capsys):
     (plain,) = printed_stages(capsys, tmp_path, "--train_loss", "ce")
     assert plain == "imbalance: cross entropy, equal class weights; not oversampled; originals not augmented"
-    (both,) = printed_stages(capsys, tmp_path, "--use_augmentation")
+    recipe, both = printed_stages(capsys, tmp_path, "--recipe", "two_level")
+    assert recipe == "recipe two_level: --train_loss=cb --use_augmentation=True"
     assert both == (
         "imbalance: Class-Balanced Focal loss, class weights from 0.430 to 1.712; "
         "oversampled from 21 to 36 images per epoch by augmented copies; originals not augmented"
