@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from advice import print_advice
 from calibration import adjust, fit_posthoc
 from dataset_double import eval_loader
 from engine import Engine, Outputs, build_engine
@@ -240,6 +241,7 @@ def print_results(results: dict, run_dir: str | Path) -> None:
             print_metrics(f"test {about}{tau}", results[name]["test"])
     print_recalls(results["test"], "test recall per class")
     print_subgroups(results.get("subgroups", {}))
+    print_advice(run_dir)
     print(f"results saved to {run_dir}")
 
 

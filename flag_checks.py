@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
-from flag_queries import flag_of, scaled_learning_rate
+from flag_queries import corrects_by_sampling, flag_of, scaled_learning_rate
 from flags import DEMO_DEFAULTS, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
@@ -198,8 +198,7 @@ def _has_columns_without_table(args):
 
 
 def _has_nothing_to_defer(args):
-    oversamples = args.use_augmentation or args.sampling != "instance"
-    return args.drw_epoch and not oversamples and args.train_loss not in WEIGHTED_LOSSES
+    return args.drw_epoch and not corrects_by_sampling(args) and args.train_loss not in WEIGHTED_LOSSES
 
 
 def _has_no_main_stage(args):

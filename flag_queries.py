@@ -35,6 +35,20 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def corrects_by_loss(args: argparse.Namespace) -> bool:
+    """Whether the loss favors small classes."""
+    return (
+        (args.train_loss == "cb" and args.beta > 0)
+        or args.train_loss in ("weighted_ce", "balanced_softmax", "logit_adjustment")
+        or (args.train_loss == "ldam" and args.drw_epoch > 0)
+    )
+
+
+def corrects_by_sampling(args: argparse.Namespace) -> bool:
+    """Whether small classes are shown more often than they occur."""
+    return args.use_augmentation or args.sampling != "instance"
+
+
 def data_folders(flags: Mapping[str, Any]) -> list[str]:
     """-> the folders of --data_dirs, --val_dirs and --test_dirs. flags: {flag: value}."""
     return [folder for name in FOLDER_FLAGS for folder in flags[name] or []]

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from advice import find_advice
 from charts import Curve, confusion_chart, count_bar, grade_chart, interval_bar, line_chart, reliability_chart
 from flag_queries import is_ordinal, text_of
 from flags import SPLITS, build_parser
@@ -149,6 +150,7 @@ def _run_values(run_dir, splits):
     if results:
         adjusted = results.get("posthoc", {}).get("test")
         values |= {"trivial": trivial_metrics(results), "data": _data_table(results), "adjusted": adjusted}
+        values["advice"] = attempt(lambda: find_advice(run_dir), f"{REPORT_FILE}: without advice") or []
     else:
         best_row = max(history, key=lambda row: float(row[args["best_metric"]]), default=None)
         values |= {"best_row": best_row, "data": _data_table_so_far(run_dir, splits)}

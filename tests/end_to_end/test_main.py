@@ -292,6 +292,9 @@ def test_the_log_has_every_part_of_a_run_and_of_its_folds(copied_run, data_dir, 
     assert run_main("--resume", copied_run / "last_model.pth", "--epochs", 3) == 0
     log = (copied_run / "log.txt").read_text(encoding="utf-8")
     assert "imbalance: Class-Balanced" in log and log.count("results saved to") == 2
+    advice = "only 1 test image of 10: a recall of one half has the interval 0.05 to 0.95, whatever the model"
+    assert advice in log.partition("results saved to")[0]
+    assert advice.replace("only", "Only") in (copied_run / "report.html").read_text(encoding="utf-8")
     assert [f"epoch   {epoch} (" in log for epoch in range(4)] == [True, True, True, False]
     hours = json.loads((copied_run / "environment.json").read_text())["hours_trained"]
     assert hours == pytest.approx(

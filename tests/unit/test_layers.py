@@ -18,7 +18,7 @@ LAYERS = (
     ("pages", "heatmaps"),
     ("gallery",),
     ("schedule", "engine", "explain"),
-    ("dataset_double", "model", "tracking", "calibration", "averaging", "parallel", "subgroups"),
+    ("dataset_double", "model", "tracking", "calibration", "averaging", "parallel", "subgroups", "advice"),
     ("flag_checks",),
     ("images",),
     ("metrics", "utils", "resnet_custom", "plots", "charts"),

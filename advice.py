@@ -1,0 +1,189 @@
+"""What the numbers of a finished run say to do next: sentences with the number that each comes from, and a command.
+
+A rule speaks only where its numbers leave no doubt; docs/report.md says when and why.
+"""
+
+import argparse
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flag_queries import corrects_by_loss, corrects_by_sampling
+from flags import build_parser
+from run.cli import attempt
+from run.files import printable, read_json, read_rows
+from run.saver import LAST
+from run.surroundings import start_of_command
+
+MAX_ADVICE = 3
+NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5  # with less, tau is chance (docs/methods.md)
+SMALL_TEST_CLASS = 10  # images
+USUAL_RATE = 1e-4  # of --learning_rate
+LOSS_FALL = 0.98  # of the first epoch: a loss that never gets lower has not fallen
+GAP = 0.25  # of the accuracy between training and validation
+LOSS_RISE = 1.1  # of the lowest validation loss
+STILL_LEARNING = 0.02  # of the selected metric, gained in the last quarter of the epochs
+NORMAL_QUANTILE = 1.96
+
+
+class Run(NamedTuple):
+    """A finished training: its flags, the content of `results.json`, the rows of `history.csv` as numbers."""
+
+    folder: Path
+    args: argparse.Namespace
+    results: Mapping[str, Any]
+    history: list[dict[str, float]]
+
+
+class Advice(NamedTuple):
+    text: str
+    command: str
+
+
+# ----------------------------------------------------------------------------------------------------------- rules
+
+
+def loss_never_fell(run: Run) -> Advice | None:
+    """The learning rate is too high, or too low to be seen: the loss stays where a constant answer would have it."""
+    losses = [row["train_loss"] for row in run.history]
+    if len(losses) < 3 or min(losses[1:]) < LOSS_FALL * losses[0]:
+        return None
+    rate = run.args.learning_rate
+    return Advice(
+        f"the training loss never fell: {losses[0]:.3f} in the first epoch, {min(losses[1:]):.3f} at best later; "
+        f"change the learning rate of {rate:g}",
+        again(run, learning_rate=f"{rate / 10 if rate > USUAL_RATE else rate * 10:g}"),
+    )
+
+
+def splits_differ(run: Run) -> Advice | None:
+    """The intervals of validation and test have no value in common (stricter than a test at 5 %, Schenker 2001)."""
+    if "val" not in run.results:
+        return None
+    val, test = (run.results[split]["balanced_acc"] for split in ("val", "test"))
+    (low, high), (test_low, test_high) = (run.results[split]["balanced_acc_ci"] for split in ("val", "test"))
+    if low <= test_high and test_low <= high:
+        return None
+    text = f"validation and test differ by more than their intervals: balanced accuracy {val:.3f} and {test:.3f}; "
+    if _splits_are_given(run) or run.args.folds:
+        return Advice(text + "compare their photographs and classes", again(run, check_data=True))
+    return Advice(text + "test every photograph once", again(run, folds=5))
+
+
+def corrected_twice(run: Run) -> Advice | None:
+    """A negative tau moves back a model that favors the rare classes too much."""
+    tau = run.results.get("posthoc", {}).get("tau", 0)
+    if not (corrects_by_loss(run.args) and corrects_by_sampling(run.args) and tau <= NEGATIVE_TAU):
+        return None
+    loss = run.args.train_loss
+    return Advice(
+        f"corrected twice: --train_loss {loss} and the sampling both favor the small classes, and tau is {tau:g}; "
+        "leave the correction to the sampling",
+        again(run, train_loss="ce"),
+    )
+
+
+def not_corrected(run: Run) -> Advice | None:
+    """Nothing in the flags corrects the imbalance, and tau is clearly positive."""
+    tau = run.results.get("posthoc", {}).get("tau", 0)
+    if corrects_by_loss(run.args) or corrects_by_sampling(run.args) or tau < POSITIVE_TAU:
+        return None
+    counts = dict(zip(run.results["classes"], run.results["samples_per_cls"], strict=True))
+    smallest = min(counts, key=counts.get)
+    recall = run.results["test"]["per_class"][smallest]["recall"]
+    found = "" if recall is None else f", and the recall of {printable(smallest)} is {recall:.2f}"
+    return Advice(
+        f"the model favors the large classes: tau is {tau:g}{found}; oversample the small ones",
+        again(run, use_augmentation=True),
+    )
+
+
+def overfits(run: Run) -> Advice | None:
+    """Far better on the training images than on those of the validation, whose loss has risen again."""
+    if not run.history or run.args.mixup or run.args.cutmix:  # of mixed images
+        return None
+    name = "balanced_acc" if corrects_by_sampling(run.args) else "acc"  # of images with the same class shares
+    last, lowest = run.history[-1], min(row["val_loss"] for row in run.history)
+    train, val = last["train_acc"], last[f"val_{name}"]
+    if train - val < GAP or last["val_loss"] < LOSS_RISE * lowest:
+        return None
+    text = (
+        f"overfits: accuracy {train:.2f} in training, {val:.2f} in validation, whose loss has risen from {lowest:.3f} "
+        f"to {last['val_loss']:.3f}; "
+    )
+    if not run.args.augment_all:
+        return Advice(text + "augment every image", again(run, augment_all=True))
+    return Advice(text + "train for fewer epochs", again(run, epochs=run.results["best_epoch"] + 1))
+
+
+def not_finished(run: Run) -> Advice | None:
+    """The last epoch is the best one, and the last quarter of the epochs has still gained."""
+    name, epochs = run.args.best_metric, len(run.history)
+    if epochs < 4 or run.results["best_epoch"] != run.history[-1]["epoch"]:
+        return None
+    before = max(row[name] for row in run.history[: epochs * 3 // 4])
+    last = run.history[-1][name]
+    if last < before + STILL_LEARNING:
+        return None
+    resume = ["--resume", str(run.folder / LAST), "--epochs", str(2 * run.args.epochs)]
+    return Advice(
+        f"not finished: {name} has risen from {before:.3f} to {last:.3f} in the last quarter of the epochs, and the "
+        "last one is the best; train on",
+        shlex.join([*start_of_command(), *resume]),
+    )
+
+
+def small_test_class(run: Run) -> Advice | None:
+    """The interval of a recall of one half is wide, whatever the model (Wilson 1927)."""
+    supports = {name: metrics["support"] for name, metrics in run.results["test"]["per_class"].items()}
+    smallest = min((name for name in supports if supports[name]), key=supports.get, default=None)
+    if smallest is None or supports[smallest] >= SMALL_TEST_CLASS or _splits_are_given(run) or run.args.folds:
+        return None
+    count, images = supports[smallest], "image" if supports[smallest] == 1 else "images"
+    margin = NORMAL_QUANTILE / 2 / (count + NORMAL_QUANTILE**2) ** 0.5
+    return Advice(
+        f"only {count} test {images} of {printable(smallest)}: a recall of one half has the interval "
+        f"{0.5 - margin:.2f} to {0.5 + margin:.2f}, whatever the model; test every photograph once",
+        again(run, folds=5),
+    )
+
+
+def _splits_are_given(run):
+    return bool(run.args.test_dirs or run.args.val_dirs or run.args.split_column)
+
+
+RULES = (
+    loss_never_fell, splits_differ, corrected_twice, not_corrected, overfits, not_finished, small_test_class,
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- advice
+
+
+def find_advice(run_dir: str | Path) -> list[Advice]:
+    """-> at most MAX_ADVICE pieces of advice from the files of a finished training, the most important first.
+
+    None after `--eval_only`, whose flags are not those of a training.
+    """
+    run_dir = Path(run_dir)
+    args = vars(build_parser().parse_args([])) | read_json(run_dir / "args.json")  # an older run lacks newer flags
+    if args["eval_only"]:
+        return []
+    rows = [{name: float(value) for name, value in row.items() if value} for row in read_rows(run_dir / "history.csv")]
+    run = Run(run_dir, argparse.Namespace(**args), read_json(run_dir / "results.json"), rows)
+    return [advice for rule in RULES if (advice := rule(run))][:MAX_ADVICE]
+
+
+def print_advice(run_dir: str | Path) -> None:
+    """Print what `find_advice` finds. What fails is one printed line."""
+    for number, (text, command) in enumerate(attempt(lambda: find_advice(run_dir), "no advice") or [], start=1):
+        print(f"advice {number}: {text}\n    {command}")
+
+
+def again(run: Run, **changes: Any) -> str:
+    """-> the command of a new run with the flags of this one, but for `changes`."""
+    words = ["--config", str(run.folder / "args.json")]
+    for name, value in changes.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join([*start_of_command(), *words])
