@@ -1,8 +1,9 @@
 """The best model tested: metrics, predictions, test-time augmentation."""
 
 import argparse
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 
 from advice import print_advice
-from calibration import adjust, fit_posthoc
+from calibration import adjust, correct_prior, fit_posthoc
 from dataset_double import eval_loader
 from engine import Engine, Outputs, build_engine
-from flag_queries import is_ordinal, replaced_splits
+from flag_queries import corrects_by_loss, corrects_by_sampling, is_ordinal, replaced_splits
 from flags import SPLITS
 from images.cache import open_cache, read_all
 from images.classes import ClassNames
@@ -133,10 +134,16 @@ def evaluate_splits(
         if args.tta:
             loss, probs, _ = mirrored[split]
             results.setdefault("tta", {})[split] = split_metrics(split, loss, probs)
-    for name, fitted in _fitted(checkpoint, splits, probabilities).items():
+    adjustments = {
+        name: (fitted, functools.partial(adjust, samples_per_cls=samples_per_cls, **fitted))
+        for name, fitted in _fitted(checkpoint, splits, probabilities).items()
+    }
+    if known := training_prior(argparse.Namespace(**vars(args) | checkpoint["args"]), samples_per_cls):
+        adjustments["posthoc_exact"] = ({}, functools.partial(correct_prior, **known))
+    for name, (fitted, adjustment) in adjustments.items():
         results[name] = dict(fitted)
         for split, index in splits.items():
-            adjusted = adjust(probabilities[split], samples_per_cls, **fitted)
+            adjusted = adjustment(probabilities[split])
             loss = engine.loss_of(torch.from_numpy(adjusted).log(), torch.from_numpy(index.targets))
             results[name][split] = split_metrics(split, loss, adjusted)
     results |= {"classes": classes, "samples_per_cls": samples_per_cls}
@@ -149,6 +156,27 @@ def evaluate_splits(
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
     plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
     return results, probabilities
+
+
+def training_prior(args: argparse.Namespace, samples_per_cls: Sequence[int]) -> dict[str, Any] | None:
+    """-> prior and gamma for `correct_prior`: what the loss and the sampling together have made of the class shares.
+
+    None if not both correct, if they changed during the training, and for losses whose minimum has no such form.
+    args: flags of the training.
+    """
+    changes = args.drw_epoch or args.crt_epochs or args.sampling == "progressive"
+    if changes or not (corrects_by_loss(args) and corrects_by_sampling(args)):
+        return None
+    criterion, counts = build_loss_from_flags(args, samples_per_cls), np.asarray(samples_per_cls, dtype=np.float64)
+    oversampled = np.maximum(counts, args.target_samples_per_class or counts.max())
+    shares = {"instance": oversampled, "balanced": np.ones_like(counts), "sqrt": np.sqrt(counts)}[args.sampling]
+    if args.train_loss == "cb" and args.cb_form == "softmax":
+        return {"prior": shares * criterion.alpha.numpy(), "gamma": args.gamma}
+    if args.train_loss == "weighted_ce":
+        return {"prior": shares * criterion.weights.numpy()}
+    if args.train_loss in ("balanced_softmax", "logit_adjustment"):
+        return {"prior": shares * (-criterion.shift).exp().numpy()}
+    return None
 
 
 def _fitted(checkpoint, splits, probabilities):
@@ -234,6 +262,7 @@ def print_results(results: dict, run_dir: str | Path) -> None:
         "tta": "with the mirror image",
         "posthoc": "with logit adjustment",
         "posthoc_macro_f1": "with logit adjustment for macro F1",
+        "posthoc_exact": "with the double correction undone",
     }
     for name, about in variants.items():
         if name in results:

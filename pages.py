@@ -290,6 +290,8 @@ def _evaluations(results):
         if fitted := results.get(name):
             fit = f"tau {fitted['tau']:g}, temperature {fitted['temperature']:.2f}"
             evaluations[f"test with logit adjustment{about} ({fit})"] = fitted["test"]
+    if "posthoc_exact" in results:
+        evaluations["test with the double correction undone (nothing is fitted)"] = results["posthoc_exact"]["test"]
     return evaluations
 
 
