@@ -58,7 +58,8 @@ def loss_never_fell(run: Run) -> Advice | None:
 
 
 def splits_differ(run: Run) -> Advice | None:
-    """The intervals of validation and test have no value in common (stricter than a test at 5 %, Schenker 2001)."""
+    """The intervals of validation and test have no value in common: stricter than a test at 5 % (Schenker & Gentleman
+    2001)."""
     if "val" not in run.results:
         return None
     val, test = (run.results[split]["balanced_acc"] for split in ("val", "test"))

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from flags import RECIPES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # command: the module that has its `build_parser()`
@@ -307,3 +309,11 @@ def test_the_citation_names_project_and_license():
     project = yaml.safe_load((ROOT / "sweep.yaml").read_text(encoding="utf-8"))["project"]
     assert citation["authors"] == [{"name": project}]
     assert citation["license"] == "MIT"
+
+
+def test_the_recipes_have_their_flags():
+    rows = (ROOT / "docs/methods.md").read_text(encoding="utf-8").splitlines()
+    for name, flags in RECIPES.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+        words = [f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in flags.items()]
+        assert f"`{' '.join(words)}`" in row
