@@ -42,9 +42,9 @@ def correct_prior(probabilities: np.ndarray, prior: np.ndarray, gamma: float = 0
 
     A model that is trained on images whose classes have the shares s, with cross entropy and class weights w, comes to
     p(y | x) proportional to p(x | y) s_y w_y: dividing by the prior s_y w_y leaves classes that are equally common
-    (King & Zeng 2001; Saerens et al. 2002, eq. 2.4). The focal loss makes probabilities less extreme, which is undone
+    (King & Zeng 2001; Saerens et al. 2002). The focal loss makes probabilities less extreme, which is undone
     first: p is proportional to q / [(1 - q)^gamma - gamma (1 - q)^(gamma - 1) q log q] for its minimizer q
-    (Charoenphakdee et al. 2021, theorem 11). probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
+    (Charoenphakdee et al. 2021). probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
     """
     q = np.clip(probabilities.astype(np.float64), TINY, 1 - 1e-12)
     posterior = q / ((1 - q) ** gamma - gamma * (1 - q) ** (gamma - 1) * q * np.log(q))
