@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from flag_queries import corrects_by_loss, corrects_by_sampling
 from flags import build_parser
+from metrics import wilson_interval
 from run.cli import attempt
 from run.files import printable, read_json, read_rows
 from run.saver import LAST
@@ -24,7 +25,6 @@ LOSS_FALL = 0.98  # of the first epoch: a loss that never gets lower has not fal
 GAP = 0.25  # of the accuracy between training and validation
 LOSS_RISE = 1.1  # of the lowest validation loss
 STILL_LEARNING = 0.02  # of the selected metric, gained in the last quarter of the epochs
-NORMAL_QUANTILE = 1.96
 
 
 class Run(NamedTuple):
@@ -142,10 +142,10 @@ def small_test_class(run: Run) -> Advice | None:
     if smallest is None or supports[smallest] >= SMALL_TEST_CLASS or _splits_are_given(run) or run.args.folds:
         return None
     count, images = supports[smallest], "image" if supports[smallest] == 1 else "images"
-    margin = NORMAL_QUANTILE / 2 / (count + NORMAL_QUANTILE**2) ** 0.5
+    low, high = wilson_interval(0.5, count)
     return Advice(
         f"only {count} test {images} of {printable(smallest)}: a recall of one half has the interval "
-        f"{0.5 - margin:.2f} to {0.5 + margin:.2f}, whatever the model; test every photograph once",
+        f"{low:.2f} to {high:.2f}, whatever the model; test every photograph once",
         again(run, folds=5),
     )
 

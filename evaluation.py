@@ -24,7 +24,7 @@ from images.leakage import num_trained_on, subjects_of, warn_of_nameless_subject
 from images.splits import find_images, on_all_ranks, paths_by_split
 from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
-from pages import write_report
+from pages import VARIANTS, write_report
 from plots import plot_confusion_matrix
 from run.cli import UserError
 from run.environment import write_environment
@@ -258,13 +258,7 @@ def print_results(results: dict, run_dir: str | Path) -> None:
     for split in ("val", "test"):
         if split in results:
             print_metrics(split, results[split])
-    variants = {
-        "tta": "with the mirror image",
-        "posthoc": "with logit adjustment",
-        "posthoc_macro_f1": "with logit adjustment for macro F1",
-        "posthoc_exact": "with the double correction undone",
-    }
-    for name, about in variants.items():
+    for name, about in VARIANTS.items():
         if name in results:
             tau = f", tau {results[name]['tau']:g}" if "tau" in results[name] else ""
             print_metrics(f"test {about}{tau}", results[name]["test"])

@@ -123,7 +123,9 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
 
     explicit: `explicit_flags(argv)`.
     """
-    recipe = {name: value for name, value in RECIPES.get(explicit.get("recipe"), {}).items() if name not in explicit}
+    if "recipe" not in explicit:
+        return {}
+    recipe = {name: value for name, value in RECIPES[explicit["recipe"]].items() if name not in explicit}
     parser = build_parser()
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)

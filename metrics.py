@@ -92,15 +92,20 @@ def full_metrics(
     return {**results, "per_class": per_class, "confusion_matrix": confusion_matrix(targets, probabilities).tolist()}
 
 
+def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """-> lower and upper bounds of a share that was observed in n cases (Wilson 1927). share, n: (C,), or numbers."""
+    n, z = np.maximum(n, 1), NORMAL_QUANTILE
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    margin = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return np.maximum(0, center - margin), np.minimum(1, center + margin)
+
+
 def _widened(intervals, recall, num_independent):
-    """Intervals of recall (C, 2), widened to contain Wilson's (1927): after 0 correct of 8, a bootstrap is sure of 0.
+    """Intervals of recall (C, 2), widened to contain Wilson's: after 0 correct of 8, a bootstrap is sure of 0.
 
     num_independent: (C,) images, or subjects, of each class.
     """
-    n, z = np.maximum(num_independent, 1), NORMAL_QUANTILE
-    center = (recall + z**2 / (2 * n)) / (1 + z**2 / n)
-    margin = z / (1 + z**2 / n) * np.sqrt(recall * (1 - recall) / n + z**2 / (4 * n**2))
-    low, high = np.maximum(0, center - margin), np.minimum(1, center + margin)
+    low, high = wilson_interval(recall, num_independent)
     return np.stack([np.minimum(intervals[:, 0], low), np.maximum(intervals[:, 1], high)], axis=1)
 
 

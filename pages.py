@@ -36,6 +36,13 @@ SUMMARY_COLUMNS = {
     "within_1": "within one grade", "quadratic_kappa": "quadratic kappa", "ece": "calibration error",
     "nll": "negative log-likelihood", "loss": "loss",
 }  # fmt: skip
+# {key of results.json: what it is, in words}
+VARIANTS = {
+    "tta": "with the mirror image",
+    "posthoc": "with logit adjustment",
+    "posthoc_macro_f1": "with logit adjustment for macro F1",
+    "posthoc_exact": "with the double correction undone",
+}
 CLASS_COLUMNS = {
     "recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC",
     "average_precision": "average precision",
@@ -284,14 +291,12 @@ def _evaluations(results):
     """-> {title: metrics}: validation, test, and the variants of test"""
     names = {"val": "validation", "test": "test"}
     evaluations = {name: results[split] for split, name in names.items() if split in results}
-    if "tta" in results:
-        evaluations["test with the mirror image"] = results["tta"]["test"]
-    for name, about in (("posthoc", ""), ("posthoc_macro_f1", " for macro F1")):
-        if fitted := results.get(name):
-            fit = f"tau {fitted['tau']:g}, temperature {fitted['temperature']:.2f}"
-            evaluations[f"test with logit adjustment{about} ({fit})"] = fitted["test"]
-    if "posthoc_exact" in results:
-        evaluations["test with the double correction undone (nothing is fitted)"] = results["posthoc_exact"]["test"]
+    for name, about in VARIANTS.items():
+        if variant := results.get(name):
+            fit = " (nothing is fitted)" if name == "posthoc_exact" else ""
+            if "tau" in variant:
+                fit = f" (tau {variant['tau']:g}, temperature {variant['temperature']:.2f})"
+            evaluations[f"test {about}{fit}"] = variant["test"]
     return evaluations
 
 
