@@ -233,19 +233,22 @@ class Engine:
     @name_hardware_errors()
     @torch.inference_mode()
     def evaluate(
-        self, loader: DataLoader, name: str, after_batch: Callable[[], None] | None = None, mirrored: bool = False
+        self,
+        loader: DataLoader,
+        name: str,
+        after_batch: Callable[[], None] | None = None,
+        views: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
     ) -> Outputs:
         """Evaluate each image once; on several ranks, each evaluates a part, and all get the outputs of all.
 
-        after_batch: called after each batch; it may raise to leave. mirrored: test-time augmentation, the mean logits
-        of each image and its mirror image. Raises UserError if the loss is not finite.
+        after_batch: called after each batch; it may raise to leave. views: test-time augmentation, the images of a
+        batch -> what is averaged, see `images.augment.views`. Raises UserError if the loss is not finite.
         """
         model, batches = self.evaluated.eval(), []
         share_tensors(model.buffers())  # without sync_bn, each rank has its own statistics
         for images, targets in progress_bar(DeviceBatches(loader, self.device, after_batch), name):
-            logits = self.forward(model, images)
-            if mirrored:
-                logits = (logits + self.forward(model, images.flip(-1))) / 2
+            shown = views(images) if views else [images]
+            logits = sum(self.forward(model, view) for view in shown) / len(shown)
             # a copy: with workers, each batch takes an open file and a page of shared memory as long as it is kept
             batches.append((logits, targets.clone()))
             if after_batch:

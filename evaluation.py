@@ -14,8 +14,9 @@ from advice import print_advice
 from calibration import adjust, correct_prior, fit_posthoc
 from dataset_double import eval_loader
 from engine import Engine, Outputs, build_engine
-from flag_queries import corrects_by_loss, corrects_by_sampling, is_ordinal, replaced_splits
+from flag_queries import corrects_by_loss, corrects_by_sampling, is_ordinal, replaced_splits, shown_at_any_angle
 from flags import SPLITS
+from images.augment import views
 from images.cache import open_cache, read_all
 from images.classes import ClassNames
 from images.folders import ImageIndex, check_duplicates, index_folders
@@ -116,12 +117,13 @@ def evaluate_splits(
         metrics = full_metrics(targets, probs, classes, samples_per_cls, ordinal, subjects[split])
         return {"loss": loss, **metrics}
 
-    outputs, mirrored = dict(outputs), {}
+    outputs, of_views = dict(outputs), {}
+    tta_views = functools.partial(views, at_any_angle=shown_at_any_angle(args))
     for split, index in splits.items():  # what all ranks compute together
         loader = eval_loader(index, args, engine.device)
         outputs[split] = outputs.get(split) or engine.evaluate(loader, split)
         if args.tta:
-            mirrored[split] = engine.evaluate(loader, f"{split}, mirrored", mirrored=True)
+            of_views[split] = engine.evaluate(loader, f"{split}, views", views=tta_views)
     if not is_first():
         return {}, {}
 
@@ -132,7 +134,7 @@ def evaluate_splits(
         file = run_dir / f"{split}_predictions.csv"
         write_predictions(file, index.paths, targets, probabilities[split], classes, index.columns)
         if args.tta:
-            loss, probs, _ = mirrored[split]
+            loss, probs, _ = of_views[split]
             results.setdefault("tta", {})[split] = split_metrics(split, loss, probs)
     adjustments = {
         name: (fitted, functools.partial(adjust, samples_per_cls=samples_per_cls, **fitted))

@@ -49,6 +49,11 @@ def corrects_by_sampling(args: argparse.Namespace) -> bool:
     return args.use_augmentation or args.sampling != "instance"
 
 
+def shown_at_any_angle(args: argparse.Namespace) -> bool:
+    """Whether the training shows every image at every angle."""
+    return args.augment_all and "rotation" in args.augmentation_methods and args.rotation == 180
+
+
 def data_folders(flags: Mapping[str, Any]) -> list[str]:
     """-> the folders of --data_dirs, --val_dirs and --test_dirs. flags: {flag: value}."""
     return [folder for name in FOLDER_FLAGS for folder in flags[name] or []]

@@ -16,8 +16,9 @@ from PIL import Image
 from calibration import PredictionSets, ValOutputs, adjust
 from engine import Engine, build_engine
 from flag_checks import check_inherited
-from flag_queries import is_ordinal
+from flag_queries import is_ordinal, shown_at_any_angle
 from flags import NOT_INHERITED, build_parser
+from images.augment import views
 from images.decode import limit_image_size, to_square, warn_of_other_decoder
 from images.decode_ahead import DecodedBatches
 from images.device_batches import DeviceBatches
@@ -106,9 +107,10 @@ def load(
 
     checkpoints: a checkpoint, the folder of a run (its best model) or of a cross-validation (the best model of each
     fold), or several of these. device: auto, cpu, cuda, cuda:1, mps ... tta: predict from the mean of each photograph
-    and its mirror image. coverage: share of the cases of each class in which its truth is in `prediction_set`.
-    adjusted: apply the tau and the temperature that were fitted after training. batch_size: by default that of the
-    runs' own evaluation, within what memory allows; a GPU that has too little memory gets smaller pieces.
+    and its mirror image, turned too if the training showed every angle. coverage: share of the cases of each class in
+    which its truth is in `prediction_set`. adjusted: apply the tau and the temperature that were fitted after training.
+    batch_size: by default that of the runs' own evaluation, within what memory allows; a GPU that has too little memory
+    gets smaller pieces.
 
     Sets the largest image that Pillow opens in this process to `--max_megapixels` of the runs.
     Raises UserError if a file is not a checkpoint, or if the models do not fit together.
@@ -257,12 +259,13 @@ class Grader:
             )
 
     def _probabilities(self, images, precise=False):
-        """-> (of the photographs themselves, with the mirror images if asked for): each (K, N, C) float32."""
+        """-> (of the photographs themselves, with test-time augmentation if asked for): each (K, N, C) float32."""
         plain, shown = [], []
         for loaded in self.models:
             logits = self._logits(loaded, images, precise)
-            both = (logits + self._logits(loaded, images.flip(-1), precise)) / 2 if self.tta else logits
-            for outputs, values in ((plain, logits), (shown, both)):
+            seen = views(images, shown_at_any_angle(loaded.args))[1:] if self.tta else []
+            mean = sum((self._logits(loaded, view, precise) for view in seen), logits) / (1 + len(seen))
+            for outputs, values in ((plain, logits), (shown, mean)):
                 outputs.append(self._adjust(loaded, torch.softmax(values, dim=1).cpu().numpy()))
             if not np.isfinite(shown[-1]).all():
                 raise UserError(f"{loaded.path}: the outputs of the model are not finite: its training has diverged")

@@ -38,7 +38,7 @@ SUMMARY_COLUMNS = {
 }  # fmt: skip
 # {key of results.json: what it is, in words}
 VARIANTS = {
-    "tta": "with the mirror image",
+    "tta": "with test-time augmentation",
     "posthoc": "with logit adjustment",
     "posthoc_macro_f1": "with logit adjustment for macro F1",
     "posthoc_exact": "with the double correction undone",

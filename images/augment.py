@@ -89,6 +89,17 @@ def augment_batch(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     return colored.to(torch.uint8, memory_format=torch.channels_last)  # as the network takes them
 
 
+def views(images: torch.Tensor, at_any_angle: bool) -> list[torch.Tensor]:
+    """Test-time augmentation: the images and their mirror images.
+
+    at_any_angle: both turned by 0, 90, 180 and 270 degrees. images: (N, 3, S, S) -> 2 or 8 tensors of this shape,
+    channels last.
+    """
+    turned = [images.rot90(quarters, (2, 3)) for quarters in range(4 if at_any_angle else 1)]
+    mirrored = [image.flip(3) for image in turned]
+    return [image.contiguous(memory_format=torch.channels_last) for image in (*turned, *mirrored)]
+
+
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, antialiased."""
     if images.shape[-1] == size:

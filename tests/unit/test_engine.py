@@ -13,6 +13,7 @@ from torch import nn
 
 import dataset_double
 from engine import DeviceBatches, Engine, Mixer, RunningMetrics
+from images.augment import views
 from model import Model
 from run.cli import UserError
 from schedule import lr_lambda
@@ -290,14 +291,19 @@ def test_a_new_head_uses_the_averaged_backbone_and_starts_a_new_average(thin_net
             assert torch.equal(value, engine.model.state_dict()[name]) and not torch.equal(value, averaged[name])
 
 
-def test_mirrored_evaluation_averages_the_logits_of_each_image_and_its_mirror_image():
+@pytest.mark.parametrize("at_any_angle", [False, True])
+def test_test_time_augmentation_averages_the_logits_of_all_views(at_any_angle):
     engine = make_engine()
     images = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     loader = [(images, torch.tensor([0]))]
-    _, probabilities, _ = engine.evaluate(loader, "test", mirrored=True)
+    _, probabilities, _ = engine.evaluate(loader, "test", views=functools.partial(views, at_any_angle=at_any_angle))
     engine.model.eval()
     with torch.inference_mode():
-        logits = (engine.forward(engine.model, images) + engine.forward(engine.model, images.flip(-1))) / 2
+        seen = [images, images.flip(-1)]
+        if at_any_angle:  # all symmetries of the square
+            seen += [view.flip(-2) for view in seen]
+            seen += [view.transpose(-1, -2) for view in seen]
+        logits = sum(engine.forward(engine.model, view.contiguous()) for view in seen) / len(seen)
     assert probabilities == pytest.approx(logits.softmax(1).numpy(), rel=1e-5)
 
 

@@ -72,6 +72,16 @@ def test_the_mirror_image_and_the_adjustment_give_the_metrics_of_the_run(finishe
     assert probabilities_in(grade(paths)) == pytest.approx(both[: len(paths)], abs=1e-5)
 
 
+def test_turned_photographs_get_the_same_answer_after_a_training_at_any_angle(finished_run, photographs, tmp_path):
+    flags = {**load_checkpoint(finished_run / "best_model.pth")["args"], "augment_all": True, "rotation": 180.0}
+    arrays = [np.asarray(Image.open(path).resize((32, 32))) for path in photographs]
+    for rotation, is_same in ((15.0, False), (180.0, True)):
+        path = changed_checkpoint(finished_run, tmp_path / f"{rotation}.pth", args=flags | {"rotation": rotation})
+        grade = load(path, "cpu", tta=True)
+        upright, turned = (grade.probabilities_of(images) for images in (arrays, [np.rot90(image) for image in arrays]))
+        assert np.allclose(upright, turned, atol=1e-3) == is_same
+
+
 def test_arrays_are_resized_as_photographs_are(grade, photographs):
     arrays = [np.asarray(Image.open(path)) for path in photographs]
     assert grade.probabilities_of(arrays) == pytest.approx(probabilities_in(grade(photographs)), abs=1e-6)

@@ -91,7 +91,7 @@ def test_the_report_has_one_row_per_evaluation_and_a_dash_for_a_class_without_im
     for title in (
         "validation",
         "test",
-        "test with the mirror image",
+        "test with test-time augmentation",
         "test with logit adjustment (tau 0.5, temperature 1.25)",
     ):
         assert page.count(f'<td>{title}</td><td>1.000 <span class="unit">[') == 1
