@@ -7,7 +7,7 @@ from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
 from flag_queries import corrects_by_sampling, flag_of, scaled_learning_rate
-from flags import DEMO_DEFAULTS, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
+from flags import DEMO_DEFAULTS, FROM_SCRATCH, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_file, check_is_folder, prefixed
@@ -125,7 +125,10 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     """
     if "recipe" not in explicit:
         return {}
-    recipe = {name: value for name, value in RECIPES[explicit["recipe"]].items() if name not in explicit}
+    recipe = RECIPES[explicit["recipe"]]
+    if not (explicit.get("pretrained", not explicit.get("demo")) or explicit.get("weights")):
+        recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
+    recipe = {name: value for name, value in recipe.items() if name not in explicit}
     parser = build_parser()
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)

@@ -49,6 +49,8 @@ RECIPES = {
     "two_level": {"train_loss": "cb", "use_augmentation": True},
     "strong": {"train_loss": "ce", "sampling": "balanced", "augment_all": True, "ema": 0.99},
 }
+# further flags of a recipe for a training that starts from random weights, which needs larger steps
+FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3}}
 # flags that do not change what a run learns; nor do those of W&B
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from flag_checks import check_inherited, parse_flags, with_config
-from flags import RECIPES
+from flags import FROM_SCRATCH, RECIPES
 from run import ranks
 from run.cli import UserError
 
@@ -228,6 +228,9 @@ def test_a_recipe_is_a_set_of_defaults(name, data):
     plain, args = (vars(parse_flags(["--data_dirs", data, *flags])) for flags in ([], ["--recipe", name]))
     assert {flag: args[flag] for flag in RECIPES[name]} == RECIPES[name] and args["recipe"] == name
     assert {flag for flag in args if args[flag] != plain[flag]} <= {"recipe", *RECIPES[name]}
+    for flags, from_scratch in ((["--no-pretrained"], True), (["--no-pretrained", "--weights", "w.pth"], False)):
+        args = parse_flags(["--data_dirs", data, "--recipe", name, *flags])
+        assert args.learning_rate == (FROM_SCRATCH[name] if from_scratch else {}).get("learning_rate", 1e-4)
 
 
 def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path):
