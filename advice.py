@@ -4,7 +4,6 @@ A rule speaks only where its numbers leave no doubt; docs/report.md says when an
 """
 
 import argparse
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from metrics import wilson_interval
 from run.cli import attempt
 from run.files import printable, read_json, read_rows
 from run.saver import LAST
-from run.surroundings import start_of_command
+from run.surroundings import command_line, start_of_command
 
 MAX_ADVICE = 3
 NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5  # with less, tau is chance (docs/methods.md)
@@ -131,7 +130,7 @@ def not_finished(run: Run) -> Advice | None:
     return Advice(
         f"not finished: {name} has risen from {before:.3f} to {last:.3f} in the last quarter of the epochs, and the "
         "last one is the best; train on",
-        shlex.join([*start_of_command(), *resume]),
+        command_line([*start_of_command(), *resume]),
     )
 
 
@@ -187,4 +186,5 @@ def again(run: Run, **changes: Any) -> str:
     words = ["--config", str(run.folder / "args.json")]
     for name, value in changes.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join([*start_of_command(), *words])
+    start = ["python", "main.py"] if "check_data" in changes else start_of_command()  # the work of one process
+    return command_line([*start, *words])

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -33,7 +32,7 @@ from run.machine import name_hardware_errors, random_state, restore_random_state
 from run.progress import Progress
 from run.ranks import from_first, is_first
 from run.saver import BEST, DAMAGED, LAST, PREVIOUS
-from run.surroundings import start_of_command
+from run.surroundings import command_line, start_of_command
 from schedule import Stage, last_stage_start, steps_before
 
 # flags that name a folder to write to: a checkpoint from elsewhere must not choose one
@@ -165,11 +164,11 @@ def how_to_resume(args: argparse.Namespace, argv: Sequence[str], was_saved: bool
     if args.auto_resume:
         return "; resume with the same command"
     if not was_saved:
-        same_command = shlex.join([*start_of_command(), *argv])
+        same_command = command_line([*start_of_command(), *argv])
         return f"; resume with: {same_command}" if args.resume else "; nothing was saved yet"
     outside = [name for name in WRITTEN_TO if getattr(args, name) and not is_inside(getattr(args, name), args.run_dir)]
     flags = [word for name in outside for word in (f"--{name}", getattr(args, name))]
-    return f"; resume with: {shlex.join([*start_of_command(), '--resume', str(Path(args.run_dir, LAST)), *flags])}"
+    return f"; resume with: {command_line([*start_of_command(), '--resume', str(Path(args.run_dir, LAST)), *flags])}"
 
 
 # -------------------------------------------------------------------------------------------------------- the state

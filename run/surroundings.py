@@ -1,7 +1,10 @@
 """What a command finds around it: standard streams, a home folder, a user name, text encoding, a launcher."""
 
 import os
+import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 NO_HOME = os.devnull  # nothing can be created below it, not even by root
@@ -138,6 +141,11 @@ def restarts_here() -> int:
 def start_of_command() -> list[str]:
     """-> the words in front of the flags of a command line that starts main.py as it was started."""
     return ["torchrun", "...", "main.py"] if launched_by_torchrun() else ["python", "main.py"]
+
+
+def command_line(words: Sequence[str]) -> str:
+    """-> the words of a command, quoted for the shells of this system: to those of Windows, ' is a letter."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def is_follower() -> bool:

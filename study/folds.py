@@ -1,7 +1,6 @@
 """Cross-validation: each fold as a run of its own, then mean and spread over them and all test images together."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from run.files import read_json, write_json
 from run.folder import FOLDS_FILE, FOLDS_RESULTS
 from run.log import log_scope, start_log
 from run.signals import Stopped
-from run.surroundings import start_of_command
+from run.surroundings import command_line, start_of_command
 from study.cross_validation_page import write_cross_validation
 from study.out_of_fold import pooled_metrics, read_folds
 from study.spread import print_spread, spread_over
@@ -34,7 +33,7 @@ def run_folds(args: argparse.Namespace, argv: Sequence[str], run_fold: Callable[
             raise UserError(f"--folds: {folder} is the folder of a single run; name another --run_dir")
         run_args = parse_flags([*argv, "--fold", "0"], checkpoint_is_known=True)
         run_args.run_dir = str(folder)
-        command = shlex.join([*start_of_command(), *argv, "--run_dir", str(folder), "--auto_resume"])
+        command = command_line([*start_of_command(), *argv, "--run_dir", str(folder), "--auto_resume"])
         resume_hint = "; resume with the same command" if args.auto_resume else f"; resume with: {command}"
         run_dirs = [folder / f"fold_{fold}" for fold in range(args.folds)]
         check_and_record_folds(folder / FOLDS_FILE, run_args)

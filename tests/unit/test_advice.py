@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import advice
-from advice import RULES, Run, find_advice, print_advice
+from advice import RULES, Run, again, find_advice, print_advice
 from flag_checks import parse_flags
 from flags import build_parser
 from run.files import write_history, write_json
@@ -143,6 +143,14 @@ def test_the_three_most_important_are_kept_and_their_commands_parse(tmp_path, mo
         words = piece.command.replace("'", "").split("python main.py ")[1]
         words = words.replace(str(folder), "FOLDER").split()
         parse_flags([word.replace("FOLDER", str(folder)) for word in words if word != "--check_data"])
+
+
+def test_data_are_checked_by_one_process(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert again(run_of(), folds=5).startswith("torchrun ... main.py")
+    assert again(run_of(), check_data=True).startswith("python main.py")
 
 
 def test_a_run_whose_files_are_damaged_gets_one_line_instead(tmp_path, capsys):

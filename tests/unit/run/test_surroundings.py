@@ -160,3 +160,11 @@ def test_torchrun_starts_no_search(monkeypatch, capsys):
     for name, value in {**LAUNCHED, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert search.main(["sweep.yaml"]) == 2 and capsys.readouterr().err.startswith("error: WORLD_SIZE=2: ")
+
+
+def test_a_command_is_quoted_for_the_shells_of_the_system(monkeypatch):
+    words = ["python", "main.py", "--config", r"C:\my runs\args.json"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert surroundings.command_line(words) == r'python main.py --config "C:\my runs\args.json"'
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert surroundings.command_line(words) == r"python main.py --config 'C:\my runs\args.json'"
