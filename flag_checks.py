@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
@@ -26,8 +27,9 @@ def parse_flags(
     argv = with_config(argv)
     explicit = explicit_flags(argv)
     parser = build_parser()
-    defaults = {**(DEMO_DEFAULTS if explicit.get("demo") else {}), **recipe_flags(explicit, argv)}
-    parser.set_defaults(**(inherited or defaults))
+    recipe = recipe_flags(explicit, argv)
+    demo = _fitting_defaults(DEMO_DEFAULTS, explicit, argv, recipe) if explicit.get("demo") else {}
+    parser.set_defaults(**(inherited or {**demo, **recipe}))
     args = parser.parse_args(argv)
     if inherited and args.batch_size == "auto":  # was found when the run was started
         args.batch_size = parser.get_default("batch_size")
@@ -67,7 +69,8 @@ def parse_flags(
 
 
 def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]:
-    """-> a command line with the flags of the file of `--config` in front of its own, which win.
+    """-> a command line with the flags of the file of `--config` in front of its own, which win, as do those of its
+    own `--recipe`.
 
     ignored: flags that are passed over in the file, besides NOT_INHERITED. Raises UserError, naming the file.
     """
@@ -78,7 +81,7 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
         return words
     from run.files import read_yaml
 
-    content, parser, config_words = read_yaml(found.config, "--config"), build_parser(), []
+    content, parser, config_words = read_yaml(found.config, "--config"), build_parser(), {}
     if not isinstance(content, Mapping):
         raise UserError(f"--config: {found.config}: expected a mapping of flags to values")
     for name, value in content.items():
@@ -88,8 +91,24 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
         except UserError as error:
             raise UserError(f"--config: {found.config}: {error}") from error
         if flag_of(str(name)) not in (*NOT_INHERITED, *ignored):
-            config_words += flag_words
-    return [*config_words, *words]
+            config_words.setdefault(flag_of(str(name)), []).extend(flag_words)
+    return [*_joined(config_words, _replaced(config_words, words)), *words]
+
+
+def _replaced(config_words, words):
+    """The flags of a file that give way to `--recipe` of a command line: its own, and what excludes them."""
+    recipe = recipe_flags(explicit_flags(words), words)
+    if not recipe:
+        return set()
+    parser = build_parser()
+    parser.set_defaults(**recipe)
+    args = parser.parse_args([*_joined(config_words, recipe), *words])
+    broken = [names for names, is_broken, _ in RULES if recipe.keys() & set(names) and is_broken(args)]
+    return recipe.keys() | {name for names in broken for name in names}
+
+
+def _joined(words_of, left_out):
+    return [word for name, words in words_of.items() if name not in left_out for word in words]
 
 
 def _words_of(parser, name, value):
@@ -128,12 +147,17 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     recipe = RECIPES[explicit["recipe"]]
     if not (explicit.get("pretrained", not explicit.get("demo")) or explicit.get("weights")):
         recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
-    recipe = {name: value for name, value in recipe.items() if name not in explicit}
+    return _fitting_defaults(recipe, explicit, argv)
+
+
+def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
+    """-> those of `defaults` that are not given, and that no flag that is given, or one of `stronger`, excludes."""
+    defaults = {name: value for name, value in defaults.items() if name not in explicit}
     parser = build_parser()
-    parser.set_defaults(**recipe)
+    parser.set_defaults(**{**defaults, **stronger})
     args = parser.parse_args(argv)
     excluded = {name for names, is_broken, _ in RULES if is_broken(args) for name in names}
-    return {name: value for name, value in recipe.items() if name not in excluded}
+    return {name: value for name, value in defaults.items() if name not in excluded}
 
 
 def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag: str = "--resume") -> None:

@@ -241,7 +241,22 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
     assert (args.sampling, args.use_augmentation, args.train_loss) == ("sqrt", False, "cb")
     with pytest.raises(UserError, match="both oversample"):  # a mistake of the user's own
         parse_flags(["--recipe", "strong", "--sampling", "sqrt", "--use_augmentation", "--data_dirs", data])
+
+
+def test_a_recipe_wins_over_the_defaults_of_the_demo():
     assert parse_flags(["--recipe", "two_level", "--demo"]).epochs == 8
+    args = parse_flags(["--recipe", "strong", "--demo"])
+    assert (args.sampling, args.use_augmentation, args.epochs) == ("balanced", False, 8)
+    assert not parse_flags(["--demo", "--sampling", "sqrt"]).use_augmentation
+
+
+def test_a_recipe_of_the_command_line_wins_over_the_config(data, write_config):
+    trained = vars(parse_flags(["--data_dirs", data, "--recipe", "two_level", "--lr", "0.1"]))
+    config = write_config(json.dumps(trained), "args.json")
+    args = parse_flags([*config, "--recipe=strong", "--ema", "0.5"])
+    assert {name: vars(args)[name] for name in RECIPES["strong"]} == {**RECIPES["strong"], "ema": 0.5}
+    assert (args.recipe, args.use_augmentation, args.learning_rate) == ("strong", False, 0.1)
+    assert parse_flags([*config, "--train_loss", "ce"]).train_loss == "ce"
 
 
 def test_a_resumed_run_keeps_the_flags_of_its_checkpoint_whatever_its_recipe(data, checkpoint):
