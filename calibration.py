@@ -42,14 +42,18 @@ def correct_prior(probabilities: np.ndarray, prior: np.ndarray, gamma: float = 0
 
     A model that is trained on images whose classes have the shares s, with cross entropy and class weights w, comes to
     p(y | x) proportional to p(x | y) s_y w_y: dividing by the prior s_y w_y leaves classes that are equally common
-    (King & Zeng 2001; Saerens et al. 2002). The focal loss makes probabilities less extreme, which is undone
-    first: p is proportional to q / [(1 - q)^gamma - gamma (1 - q)^(gamma - 1) q log q] for its minimizer q
-    (Charoenphakdee et al. 2021). probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
+    (King & Zeng 2001; Saerens et al. 2002). The minimum of the focal loss is at other probabilities, mostly less
+    extreme ones, which is undone first: p is proportional to q / [(1 - q)^gamma - gamma (1 - q)^(gamma - 1) q log q]
+    for its minimizer q (Charoenphakdee et al. 2021).
+
+    probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
     """
+    from scipy.special import softmax
+
     q = np.clip(probabilities.astype(np.float64), TINY, 1 - 1e-12)
-    posterior = q / ((1 - q) ** gamma - gamma * (1 - q) ** (gamma - 1) * q * np.log(q))
-    corrected = posterior / prior
-    return np.maximum(corrected / corrected.sum(axis=1, keepdims=True), TINY).astype(np.float32)
+    # as logarithms: a power of a small 1 - q would be 0
+    log_posterior = np.log(q) - gamma * np.log1p(-q) - np.log1p(-gamma * q * np.log(q) / (1 - q))
+    return np.maximum(softmax(log_posterior - np.log(prior), axis=1), TINY).astype(np.float32)
 
 
 def fit_posthoc(

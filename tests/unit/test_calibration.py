@@ -112,7 +112,9 @@ def test_the_correction_gives_back_the_posterior_of_equally_common_classes(share
 
 
 def test_zero_probabilities_stay_finite():
-    assert np.isfinite(correct_prior(np.array([[1.0, 0.0, 0.0]]), np.array([0.1, 1, 10]), gamma=0.5)).all()
+    for gamma in (0, 0.5, 2, 30):
+        corrected = correct_prior(np.array([[1.0, 0.0, 0.0]]), np.array([0.1, 1, 10]), gamma)
+        assert np.isfinite(corrected).all() and corrected.argmax() == 0
     adjusted = adjust(np.array([[1.0, 0.0, 0.0]]), COUNTS, 1.0)
     assert (adjusted > 0).all() and summary_metrics(np.array([0]), adjusted)["acc"] == 1
 
