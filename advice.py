@@ -4,6 +4,7 @@ A rule speaks only where its numbers leave no doubt; docs/report.md says when an
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from run.surroundings import command_line, start_of_command
 MAX_ADVICE = 3
 NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5  # with less, tau is chance (docs/methods.md)
 SMALL_TEST_CLASS = 10  # images
+FOLDS = 5
 USUAL_RATE = 1e-4  # of --learning_rate
 LOSS_FALL = 0.98  # of the first epoch: a loss that never gets lower has not fallen
 GAP = 0.25  # of the accuracy between training and validation
@@ -45,8 +47,11 @@ class Advice(NamedTuple):
 
 def loss_never_fell(run: Run) -> Advice | None:
     """The learning rate is too high, or too low to be seen: the loss stays where a constant answer would have it."""
-    losses = [row["train_loss"] for row in run.history]
+    end = run.args.drw_epoch or run.args.epochs - run.args.crt_epochs  # of the first stage: the next has another loss
+    losses = [row["train_loss"] for row in run.history if row["epoch"] < end]
     if len(losses) < 3 or min(losses[1:]) < LOSS_FALL * losses[0]:
+        return None
+    if run.args.weights or run.args.sampling == "progressive":  # starts low; has harder images from epoch to epoch
         return None
     rate = run.args.learning_rate
     return Advice(
@@ -58,21 +63,39 @@ def loss_never_fell(run: Run) -> Advice | None:
 
 def splits_differ(run: Run) -> Advice | None:
     """The intervals of validation and test have no value in common: stricter than a test at 5 % (Schenker & Gentleman
-    2001)."""
+    2001). Nor have those from Wilson's intervals of the recalls: the bootstrap of a class with one image has no width.
+    """
     if "val" not in run.results:
         return None
     val, test = (run.results[split]["balanced_acc"] for split in ("val", "test"))
-    (low, high), (test_low, test_high) = (run.results[split]["balanced_acc_ci"] for split in ("val", "test"))
-    if low <= test_high and test_low <= high:
+    bootstrap, wilson = (
+        [interval(run.results[split]) for split in ("val", "test")]
+        for interval in (lambda metrics: metrics["balanced_acc_ci"], _wilson_interval_of_mean)
+    )
+    if any(low <= test_high and test_low <= high for (low, high), (test_low, test_high) in (bootstrap, wilson)):
         return None
     text = f"validation and test differ by more than their intervals: balanced accuracy {val:.3f} and {test:.3f}; "
-    if _splits_are_given(run) or run.args.folds:
+    if not _can_be_folded(run):
         return Advice(text + "compare their photographs and classes", again(run, check_data=True))
-    return Advice(text + "test every photograph once", again(run, folds=5))
+    return Advice(text + "test every photograph once", again(run, folds=FOLDS))
+
+
+def _wilson_interval_of_mean(metrics):
+    """Interval of the mean recall from those of the recalls (Zou & Donner 2008, "Construction of confidence limits
+    about effect measures")."""
+    rows = [row for row in metrics["per_class"].values() if row["support"]]
+    bounds = [wilson_interval(row["recall"], row["support"]) for row in rows]
+    below = math.hypot(*(row["recall"] - low for row, (low, _) in zip(rows, bounds, strict=True)))
+    above = math.hypot(*(high - row["recall"] for row, (_, high) in zip(rows, bounds, strict=True)))
+    mean = sum(row["recall"] for row in rows) / len(rows)
+    return mean - below / len(rows), mean + above / len(rows)
 
 
 def corrected_twice(run: Run) -> Advice | None:
-    """A negative tau moves back a model that favors the rare classes too much."""
+    """A negative tau moves back a model that favors the rare classes too much. That of macro F1 is negative anyway; a
+    new head has had no loss that corrects."""
+    if run.args.best_metric != "val_balanced_acc" or run.args.crt_epochs:
+        return None
     tau = run.results.get("posthoc", {}).get("tau", 0)
     if not (corrects_by_loss(run.args) and corrects_by_sampling(run.args) and tau <= NEGATIVE_TAU):
         return None
@@ -89,6 +112,8 @@ def not_corrected(run: Run) -> Advice | None:
     tau = run.results.get("posthoc", {}).get("tau", 0)
     if corrects_by_loss(run.args) or corrects_by_sampling(run.args) or tau < POSITIVE_TAU:
         return None
+    if run.args.crt_epochs or (run.args.train_loss == "focal" and len(run.args.alpha or []) > 1):  # correct too
+        return None
     counts = dict(zip(run.results["classes"], run.results["samples_per_cls"], strict=True))
     smallest = min(counts, key=counts.get)
     recall = run.results["test"]["per_class"][smallest]["recall"]
@@ -101,56 +126,84 @@ def not_corrected(run: Run) -> Advice | None:
 
 def overfits(run: Run) -> Advice | None:
     """Far better on the training images than on those of the validation, whose loss has risen again."""
-    if not run.history or run.args.mixup or run.args.cutmix:  # of mixed images
+    if run.args.mixup or run.args.cutmix or run.args.crt_epochs:  # of mixed images; of a new head alone
         return None
-    name = "balanced_acc" if corrects_by_sampling(run.args) else "acc"  # of images with the same class shares
-    last, lowest = run.history[-1], min(row["val_loss"] for row in run.history)
-    train, val = last["train_acc"], last[f"val_{name}"]
+    history = [row for row in run.history if row["epoch"] >= run.args.drw_epoch]  # with the same loss
+    if not history:
+        return None
+    last, lowest = history[-1], min(row["val_loss"] for row in history)
+    name = max(_comparable_metrics(run.args), key=last.get)
+    train, val, kind = last["train_acc"], last[name], "balanced accuracy " if name == "val_balanced_acc" else ""
     if train - val < GAP or last["val_loss"] < LOSS_RISE * lowest:
         return None
     text = (
-        f"overfits: accuracy {train:.2f} in training, {val:.2f} in validation, whose loss has risen from {lowest:.3f} "
-        f"to {last['val_loss']:.3f}; "
+        f"overfits: accuracy {train:.2f} in training, {kind}{val:.2f} in validation, whose loss has risen from "
+        f"{lowest:.3f} to {last['val_loss']:.3f}; "
     )
     if not run.args.augment_all:
         return Advice(text + "augment every image", again(run, augment_all=True))
-    return Advice(text + "train for fewer epochs", again(run, epochs=run.results["best_epoch"] + 1))
+    epochs = run.results["best_epoch"] + 1
+    if not run.args.drw_epoch < epochs < run.args.epochs:
+        return None
+    return Advice(text + "train for fewer epochs", again(run, epochs=epochs))
+
+
+def _comparable_metrics(args):
+    """The metrics of the validation of which `train_acc` is one on the training images, whatever the shares of their
+    classes; it is between both if they are neither as they occur nor equal."""
+    if not corrects_by_sampling(args):
+        return ["val_acc"]
+    is_balanced = args.sampling in ("balanced", "progressive") or not (
+        args.sampling == "sqrt" or args.target_samples_per_class
+    )
+    return ["val_balanced_acc"] if is_balanced else ["val_acc", "val_balanced_acc"]
 
 
 def not_finished(run: Run) -> Advice | None:
     """The last epoch is the best one, and the last quarter of the epochs has still gained."""
-    name, epochs = run.args.best_metric, len(run.history)
-    if epochs < 4 or run.results["best_epoch"] != run.history[-1]["epoch"]:
+    name, history = run.args.best_metric, [row for row in run.history if row["epoch"] >= run.args.drw_epoch]
+    if len(history) < 4 or run.results["best_epoch"] != history[-1]["epoch"] or run.args.crt_epochs:
         return None
-    before = max(row[name] for row in run.history[: epochs * 3 // 4])
-    last = run.history[-1][name]
+    before = max(row[name] for row in history[: math.ceil(len(history) * 3 / 4)])
+    last = history[-1][name]
     if last < before + STILL_LEARNING:
         return None
-    resume = ["--resume", str(run.folder / LAST), "--epochs", str(2 * run.args.epochs)]
-    return Advice(
+    text = (
         f"not finished: {name} has risen from {before:.3f} to {last:.3f} in the last quarter of the epochs, and the "
-        "last one is the best; train on",
-        command_line([*start_of_command(), *resume]),
+        "last one is the best; "
     )
+    if run.args.folds:  # the folds of a cross-validation are trained alike
+        return Advice(text + "train for more epochs", again(run, epochs=2 * run.args.epochs))
+    resume = ["--resume", str(run.folder / LAST), "--epochs", str(2 * run.args.epochs)]
+    return Advice(text + "train on", command_line([*start_of_command(), *resume]))
 
 
 def small_test_class(run: Run) -> Advice | None:
     """The interval of a recall of one half is wide, whatever the model (Wilson 1927)."""
     supports = {name: metrics["support"] for name, metrics in run.results["test"]["per_class"].items()}
     smallest = min((name for name in supports if supports[name]), key=supports.get, default=None)
-    if smallest is None or supports[smallest] >= SMALL_TEST_CLASS or _splits_are_given(run) or run.args.folds:
+    if smallest is None or supports[smallest] >= SMALL_TEST_CLASS or not _can_be_folded(run):
         return None
     count, images = supports[smallest], "image" if supports[smallest] == 1 else "images"
     low, high = wilson_interval(0.5, count)
     return Advice(
         f"only {count} test {images} of {printable(smallest)}: a recall of one half has the interval "
         f"{low:.2f} to {high:.2f}, whatever the model; test every photograph once",
-        again(run, folds=5),
+        again(run, folds=FOLDS),
     )
 
 
-def _splits_are_given(run):
-    return bool(run.args.test_dirs or run.args.val_dirs or run.args.split_column)
+def _can_be_folded(run):
+    """Whether `--folds` can replace the splits: none is given, and each split of each fold gets all classes."""
+    args, results = run.args, run.results
+    if args.test_dirs or args.val_dirs or args.split_column or args.folds:
+        return False
+    found = [results[split]["per_class"].values() for split in ("val", "test") if split in results]
+    evaluated = [[row["support"] for row in rows] for rows in found]
+    images = min(map(sum, zip(results["samples_per_cls"], *evaluated, strict=True)))
+    train_share, val_share, _ = args.split
+    rest = images - math.ceil(images / FOLDS)  # at least, for training and validation
+    return images >= FOLDS and rest * min(train_share, val_share) >= (1 - 1e-9) * (train_share + val_share)
 
 
 RULES = (

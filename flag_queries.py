@@ -39,8 +39,9 @@ def corrects_by_loss(args: argparse.Namespace) -> bool:
     """Whether the loss favors small classes."""
     return (
         (args.train_loss == "cb" and args.beta > 0)
-        or args.train_loss in ("weighted_ce", "balanced_softmax", "logit_adjustment")
-        or (args.train_loss == "ldam" and args.drw_epoch > 0)
+        or args.train_loss in ("weighted_ce", "balanced_softmax")
+        or (args.train_loss == "logit_adjustment" and args.tau > 0)
+        or (args.train_loss == "ldam" and args.drw_epoch > 0 and args.beta > 0)
     )
 
 

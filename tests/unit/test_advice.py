@@ -18,8 +18,8 @@ def run_of(flags=None, results=None, history=()):
     """A run in which nothing is to be said, but for what is given."""
     split = {"balanced_acc": 0.6, "balanced_acc_ci": [0.5, 0.7]}
     per_class = {"0": {"support": 90, "recall": 0.8}, "<1>": {"support": 10, "recall": 0.25}}
-    usual = {"val": split, "test": {**split, "per_class": per_class}, "posthoc": {"tau": 0.0}, "best_epoch": 1}
-    usual |= {"classes": ["0", "<1>"], "samples_per_cls": [300, 30]}
+    usual = {name: {**split, "per_class": per_class} for name in ("val", "test")}
+    usual |= {"posthoc": {"tau": 0.0}, "best_epoch": 1, "classes": ["0", "<1>"], "samples_per_cls": [300, 30]}
     return Run(Path("runs/my run"), Namespace(**DEFAULTS | (flags or {})), usual | (results or {}), list(history))
 
 
@@ -36,17 +36,34 @@ def said(run):
     return [(rule.__name__, *found) for rule in RULES if (found := rule(run))]
 
 
-def of_class(support):
-    return {"test": {**run_of().results["test"], "per_class": {"0": {"support": support, "recall": 0.5}}}}
+def of_class(support, train=3, val=1):
+    """Results with a class that has this many test images."""
+    rows = {split: {**run_of().results["val"], "per_class": {"0": {"support": n, "recall": 0.5}}}
+            for split, n in {"val": val, "test": support}.items()}  # fmt: skip
+    return {**rows, "classes": ["0"], "samples_per_cls": [train]}
 
 
 BOTH = {"train_loss": "cb", "use_augmentation": True}
-TEST = {**run_of().results["test"], "balanced_acc": 0.4, "balanced_acc_ci": [0.3, 0.49]}
+RECALLS = {"0": {"support": 90, "recall": 0.2}, "<1>": {"support": 10, "recall": 0.1}}
+TEST = {"balanced_acc": 0.4, "balanced_acc_ci": [0.3, 0.49], "per_class": RECALLS}
+FEW = {"0": {"support": 90, "recall": 0.6}, "<1>": {"support": 10, "recall": 0.1}}
+DEFERRED = {"drw_epoch": 2, "sampling": "sqrt"}
+ALL = {**DEFERRED, "augment_all": True}
 CASES = {
     "loss": (
         run_of(history=epochs(train_loss=[1.5, 1.48, 1.6])),
         run_of(history=epochs(train_loss=[1.5, 1.46, 1.6])),
         "loss_never_fell", "1.500 in the first epoch, 1.480 at best later", "--learning_rate 0.001",
+    ),
+    "loss, stages": (
+        run_of(DEFERRED | {"drw_epoch": 3}, history=epochs(train_loss=[1.5, 1.5, 1.5, 0.5])),
+        run_of(DEFERRED, history=epochs(train_loss=[1.5, 1.5, 2.5, 2.4])),
+        "loss_never_fell", "1.500 in the first epoch", "--learning_rate 0.001",
+    ),
+    "loss, of trained weights": (
+        run_of(history=epochs(train_loss=[0.1, 0.1, 0.1])),
+        run_of({"weights": "best_model.pth"}, history=epochs(train_loss=[0.1, 0.1, 0.1])),
+        "loss_never_fell", "0.100 at best later", "--learning_rate 0.001",
     ),
     "low rate": (
         run_of({"learning_rate": 1e-8}, history=epochs(train_loss=[1.5, 1.5, 1.5])),
@@ -56,6 +73,11 @@ CASES = {
     "splits": (
         run_of(results={"test": TEST}),
         run_of(results={"test": {**TEST, "balanced_acc_ci": [0.3, 0.5]}}),
+        "splits_differ", "balanced accuracy 0.600 and 0.400", "--folds 5",
+    ),
+    "splits, few images": (
+        run_of(results={"test": TEST}),
+        run_of(results={"test": {**TEST, "per_class": FEW}}),
         "splits_differ", "balanced accuracy 0.600 and 0.400", "--folds 5",
     ),
     "given splits": (
@@ -68,6 +90,11 @@ CASES = {
         run_of(BOTH, {"posthoc": {"tau": -0.2}}),
         "corrected_twice", "tau is -0.25", "--train_loss ce",
     ),
+    "twice, new head": (
+        run_of(BOTH, {"posthoc": {"tau": -0.5}}),
+        run_of({**BOTH, "crt_epochs": 2}, {"posthoc": {"tau": -0.5}}),
+        "corrected_twice", "tau is -0.5", "--train_loss ce",
+    ),
     "once": (
         run_of({"train_loss": "cb", "sampling": "sqrt"}, {"posthoc": {"tau": -1.0}}),
         run_of({"train_loss": "cb"}, {"posthoc": {"tau": -1.0}}),
@@ -77,6 +104,26 @@ CASES = {
         run_of({"train_loss": "ldam", "drw_epoch": 8, "use_augmentation": True}, {"posthoc": {"tau": -1.0}}),
         run_of({"train_loss": "ldam", "use_augmentation": True}, {"posthoc": {"tau": -1.0}}),
         "corrected_twice", "--train_loss ldam", "--train_loss ce",
+    ),
+    "twice, macro F1": (
+        run_of({**BOTH, "best_metric": "val_balanced_acc"}, {"posthoc": {"tau": -0.5}}),
+        run_of({**BOTH, "best_metric": "val_macro_f1"}, {"posthoc": {"tau": -0.5}}),
+        "corrected_twice", "tau is -0.5", "--train_loss ce",
+    ),
+    "twice, shifted": (
+        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.5}, {"posthoc": {"tau": -0.5}}),
+        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.0}, {"posthoc": {"tau": -0.5}}),
+        "corrected_twice", "tau is -0.5", "--train_loss ce",
+    ),
+    "not corrected by a head": (
+        run_of(results={"posthoc": {"tau": 0.5}}),
+        run_of({"crt_epochs": 2}, {"posthoc": {"tau": 0.5}}),
+        "not_corrected", "tau is 0.5", "--use_augmentation",
+    ),
+    "not corrected by weights": (
+        run_of({"train_loss": "focal", "alpha": [2.0]}, {"posthoc": {"tau": 0.5}}),
+        run_of({"train_loss": "focal", "alpha": [0.1, 2.0]}, {"posthoc": {"tau": 0.5}}),
+        "not_corrected", "tau is 0.5", "--use_augmentation",
     ),
     "not corrected": (
         run_of(results={"posthoc": {"tau": 0.5}}),
@@ -91,12 +138,47 @@ CASES = {
     "overfits, augmented": (
         run_of({"augment_all": True, "sampling": "balanced"}, history=epochs(train_acc=[0.5, 0.8], val_loss=[1, 2])),
         run_of({"augment_all": True, "mixup": 0.2}, history=epochs(train_acc=[0.5, 0.8], val_loss=[1, 2])),
+        "overfits", "0.80 in training, balanced accuracy 0.50 in validation", "--epochs 2",
+    ),
+    "overfits, best is last": (
+        run_of({"augment_all": True, "epochs": 3}, history=epochs(train_acc=[0.8] * 3, val_loss=[1, 2, 3])),
+        run_of({"augment_all": True, "epochs": 2}, history=epochs(train_acc=[0.8] * 2, val_loss=[1, 2])),
         "overfits", "fewer epochs", "--epochs 2",
+    ),
+    "overfits, sqrt": (
+        run_of({"sampling": "sqrt"}, history=epochs(train_acc=[0.9] * 2, val_acc=[0.6] * 2, val_loss=[1, 2])),
+        run_of({"sampling": "sqrt"}, history=epochs(train_acc=[0.9] * 2, val_acc=[0.8] * 2, val_loss=[1, 2])),
+        "overfits", "0.90 in training, 0.60 in validation", "--augment_all",
+    ),
+    "overfits, stages": (
+        run_of(DEFERRED, history=epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 3])),
+        run_of(DEFERRED, history=epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 2])),
+        "overfits", "risen from 2.000 to 3.000", "--augment_all",
+    ),
+    "overfits, fewer than a stage": (
+        run_of(ALL, {"best_epoch": 2}, epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 3])),
+        run_of(ALL, {"best_epoch": 1}, epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 3])),
+        "overfits", "fewer epochs", "--epochs 3",
     ),
     "not finished": (
         run_of(results={"best_epoch": 3}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.53])),
         run_of(results={"best_epoch": 3}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.52, 0.53])),
-        "not_finished", "has risen from 0.500 to 0.530", "--epochs 200",
+        "not_finished", "has risen from 0.500 to 0.530", "--resume 'runs/my run/last_model.pth' --epochs 200",
+    ),
+    "not finished, a quarter": (
+        run_of(results={"best_epoch": 4}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.51, 0.53])),
+        run_of(results={"best_epoch": 4}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.53, 0.54])),
+        "not_finished", "has risen from 0.510 to 0.530", "--epochs 200",
+    ),
+    "not finished, stages": (
+        run_of(DEFERRED, {"best_epoch": 5}, epochs(val_balanced_acc=[0.7, 0.7, 0.71, 0.71, 0.71, 0.8])),
+        run_of({"crt_epochs": 1}, {"best_epoch": 3}, epochs(val_balanced_acc=[0.7, 0.7, 0.7, 0.8])),
+        "not_finished", "has risen from 0.710 to 0.800", "--epochs 200",
+    ),
+    "not finished, folds": (
+        run_of({"folds": 5}, {"best_epoch": 3}, epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.6])),
+        run_of({"folds": 5}, {"best_epoch": 2}, epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.6])),
+        "not_finished", "train for more epochs", "--config 'runs/my run/args.json' --epochs 200",
     ),
     "small": (
         run_of(results=of_class(8)),
@@ -106,6 +188,11 @@ CASES = {
     "small, folds": (
         run_of(results=of_class(1)),
         run_of({"folds": 5}, of_class(1)),
+        "small_test_class", "only 1 test image of 0", "--folds 5",
+    ),
+    "small, too small": (
+        run_of({"split": [0.5, 0.3, 0.2]}, of_class(1, train=3)),
+        run_of({"split": [0.5, 0.3, 0.2]}, of_class(1, train=2)),
         "small_test_class", "only 1 test image of 0", "--folds 5",
     ),
 }  # fmt: skip
@@ -129,7 +216,9 @@ def test_the_three_most_important_are_kept_and_their_commands_parse(tmp_path, mo
     folder = tmp_path / "my run"
     folder.mkdir()
     (tmp_path / "data").mkdir()
-    results = run.results | {"test": {**TEST, "per_class": of_class(3)["test"]["per_class"]}}
+    few = {name: {**row, "support": 3} for name, row in RECALLS.items()}
+    results = run.results | {"test": {**TEST, "per_class": few}, "classes": ["0", "<1>"], "samples_per_cls": [300, 30]}
+    results["val"] = {**run.results["val"], "per_class": {name: {"support": 90, "recall": 1.0} for name in RECALLS}}
     write_json(folder / "args.json", vars(run.args) | {"data_dirs": [str(tmp_path / "data")], "run_dir": str(folder)})
     write_json(folder / "results.json", results)
     write_history(folder / "history.csv", history)
