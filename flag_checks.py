@@ -97,7 +97,8 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
 
 def _replaced(config_words, words):
     """The flags of a file that give way to `--recipe` of a command line: its own, and what excludes them."""
-    recipe = recipe_flags(explicit_flags(words), words)
+    start = [word for name in ("pretrained", "weights") for word in config_words.get(name, [])]
+    recipe = recipe_flags(explicit_flags([*start, *words]), words)
     if not recipe:
         return set()
     parser = build_parser()

@@ -257,6 +257,9 @@ def test_a_recipe_of_the_command_line_wins_over_the_config(data, write_config):
     assert {name: vars(args)[name] for name in RECIPES["strong"]} == {**RECIPES["strong"], "ema": 0.5}
     assert (args.recipe, args.use_augmentation, args.learning_rate) == ("strong", False, 0.1)
     assert parse_flags([*config, "--train_loss", "ce"]).train_loss == "ce"
+    config = write_config(json.dumps(trained | {"pretrained": False}), "from_scratch.json")
+    args = parse_flags([*config, "--recipe=strong"])
+    assert {name: vars(args)[name] for name in FROM_SCRATCH["strong"]} == FROM_SCRATCH["strong"]
 
 
 def test_a_resumed_run_keeps_the_flags_of_its_checkpoint_whatever_its_recipe(data, checkpoint):
