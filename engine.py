@@ -273,7 +273,7 @@ def build_engine(
     amp_dtype = resolve_amp(args.amp, device)
     set_float32_precision(amp_dtype)
     return Engine(
-        Model(num_classes, args.dropout_prob, cosine_head=args.train_loss == "ldam"),
+        Model(num_classes, args.dropout_prob, cosine_head=args.train_loss == "ldam", zero_init=args.zero_init),
         criterion,
         device,
         amp_dtype,

@@ -98,7 +98,7 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
 def _replaced(config_words, words):
     """The flags of a file that give way to `--recipe` of a command line: its own, and what excludes them."""
     start = [word for name in ("pretrained", "weights") for word in config_words.get(name, [])]
-    recipe = recipe_flags(explicit_flags([*start, *words]), words)
+    recipe = recipe_flags(explicit_flags([*start, *words]), [*start, *words])
     if not recipe:
         return set()
     parser = build_parser()
@@ -145,10 +145,10 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     """
     if "recipe" not in explicit:
         return {}
-    recipe = RECIPES[explicit["recipe"]]
-    if not (explicit.get("pretrained", not explicit.get("demo")) or explicit.get("weights")):
+    recipe, pretrained = RECIPES[explicit["recipe"]], explicit.get("pretrained", not explicit.get("demo"))
+    if not (pretrained or explicit.get("weights")):
         recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
-    return _fitting_defaults(recipe, explicit, argv)
+    return _fitting_defaults(recipe, explicit, argv, {"pretrained": pretrained})
 
 
 def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
@@ -295,6 +295,11 @@ RULES = (
         ("folds",),
         lambda a: trains_all_folds(a) and (a.wandb_id or "WANDB_SWEEP_ID" in os.environ),
         "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold",
+    ),
+    (
+        ("zero_init", "pretrained", "weights"),
+        lambda a: a.zero_init and (a.pretrained or a.weights),
+        "--zero_init: for random weights only; add --no-pretrained, and omit --weights",
     ),
     (
         ("split",),

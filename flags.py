@@ -47,10 +47,10 @@ DEMO_DEFAULTS = {
 # {name: flags of `--recipe`}; those of the command line win
 RECIPES = {
     "two_level": {"train_loss": "cb", "use_augmentation": True},
-    "strong": {"train_loss": "ce", "sampling": "balanced", "augment_all": True, "ema": 0.99},
+    "strong": {"train_loss": "ce", "sampling": "balanced", "augment_all": True, "rotation": 180, "ema": 0.99},
 }
-# further flags of a recipe for a training that starts from random weights, which needs larger steps
-FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3}}
+# further flags of a recipe for a training that starts from random weights
+FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True}}
 # flags that do not change what a run learns; nor do those of W&B
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",
@@ -88,6 +88,7 @@ def _add_model_flags(group):
     add(
         "--weights", metavar="FILE", help="start from this file: torchvision's weights, or a checkpoint of a run [none]"
     )
+    add_switch(group, "zero_init", False, "--no-pretrained: each block of the network starts as the identity")
     add(
         "--dropout_prob",
         type=number(float, low=0, below=1),

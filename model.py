@@ -69,9 +69,9 @@ class Model(nn.Module):
     ImageNet mean and standard deviation -> logits: (N, num_classes).
     """
 
-    def __init__(self, num_classes: int, dropout_prob: float = 0.3, cosine_head: bool = False):
+    def __init__(self, num_classes: int, dropout_prob: float = 0.3, cosine_head: bool = False, zero_init: bool = False):
         super().__init__()
-        self.backbone = resnet_custom.resnet50()
+        self.backbone = resnet_custom.resnet50(zero_init=zero_init)
         num_features = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()
         self.dropout = nn.Dropout(dropout_prob)

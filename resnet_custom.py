@@ -16,14 +16,16 @@ IMAGENET_WEIGHTS = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
 DOWNLOAD_TIMEOUT_S = 15
 
 
-def resnet50(last_stride: int = 1) -> torchvision.models.ResNet:
+def resnet50(last_stride: int = 1, zero_init: bool = False) -> torchvision.models.ResNet:
     """torchvision's ResNet-50 (He et al. 2016) whose last stage keeps the resolution of the stage before it.
 
     With `last_stride=1`, an image of 224 x 224 px gives features of 14 x 14 x 2048 instead of 7 x 7 x 2048: four times
     as many positions to see a fine wrinkle at, with the same parameters under the same names (known as "last stride 1",
     Luo et al. 2019). `last_stride=2` is torchvision's network, bit for bit.
+    zero_init: the last batch norm of each block starts with weights of 0, so that the block passes its input on, and
+    the network trains as a shallow one first (Goyal et al. 2017, section 5.1).
     """
-    network = torchvision.models.resnet50(weights=None)
+    network = torchvision.models.resnet50(weights=None, zero_init_residual=zero_init)
     first_block = network.layer4[0]
     first_block.conv2.stride = first_block.downsample[0].stride = (last_stride, last_stride)
     return network

@@ -16,10 +16,10 @@ import resnet_custom
 from run.cli import end_process
 
 
-def thin_resnet50():
+def thin_resnet50(zero_init=False):
     """A ResNet with one thin block per stage, and the last stride of ours. Most weights of a block would be in its
     shortcut, which is therefore a grouped convolution: small checkpoints are written quickly."""
-    network = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8)
+    network = ResNet(Bottleneck, [1, 1, 1, 1], zero_init_residual=zero_init, width_per_group=8)
     for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
         full = stage[0].downsample[0]
         stride = (1, 1) if stage is network.layer4 else full.stride

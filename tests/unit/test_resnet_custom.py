@@ -37,6 +37,20 @@ def test_state_dict_has_torchvisions_names_and_shapes():
     assert {name: tensor.shape for name, tensor in resnet_custom.resnet50().state_dict().items()} == expected
 
 
+def test_with_zero_init_each_block_starts_as_the_identity():
+    networks = []
+    for zero_init in (False, True):
+        torch.manual_seed(0)
+        networks.append(resnet_custom.resnet50(zero_init=zero_init))
+    plain, zero = (network.state_dict() for network in networks)
+    assert {name for name in plain if not torch.equal(plain[name], zero[name])} == {
+        name for name in plain if name.endswith("bn3.weight")
+    }
+    features = torch.rand(1, 256, 4, 4)
+    with torch.inference_mode():
+        assert torch.equal(networks[1].layer1[1](features), features)
+
+
 def test_a_photograph_of_224_px_gives_features_of_14_x_14_x_2048():
     network = resnet_custom.resnet50().eval()
     shapes = []
