@@ -26,10 +26,13 @@ def adjust(
     them, a negative tau moves back a model that was corrected twice). probabilities: (N, C); samples_per_cls: (C,)
     -> (N, C) float32, none of them 0
     """
+    return _probabilities(_adjusted_logits(probabilities, samples_per_cls, tau, temperature))
+
+
+def _probabilities(logits):
     from scipy.special import softmax
 
-    adjusted = softmax(_adjusted_logits(probabilities, samples_per_cls, tau, temperature), axis=1)
-    return np.maximum(adjusted, TINY).astype(np.float32)
+    return np.maximum(softmax(logits, axis=1), TINY).astype(np.float32)
 
 
 def _adjusted_logits(probabilities, samples_per_cls, tau, temperature):
@@ -48,12 +51,10 @@ def correct_prior(probabilities: np.ndarray, prior: np.ndarray, gamma: float = 0
 
     probabilities: (N, C); prior: (C,), above 0, of any sum -> (N, C) float32
     """
-    from scipy.special import softmax
-
     q = np.clip(probabilities.astype(np.float64), TINY, 1 - 1e-12)
     # as logarithms: a power of a small 1 - q would be 0
     log_posterior = np.log(q) - gamma * np.log1p(-q) - np.log1p(-gamma * q * np.log(q) / (1 - q))
-    return np.maximum(softmax(log_posterior - np.log(prior), axis=1), TINY).astype(np.float32)
+    return _probabilities(log_posterior - np.log(prior))
 
 
 def fit_posthoc(

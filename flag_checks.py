@@ -101,11 +101,8 @@ def _replaced(config_words, words):
     recipe = recipe_flags(explicit_flags([*start, *words]), [*start, *words])
     if not recipe:
         return set()
-    parser = build_parser()
-    parser.set_defaults(**recipe)
-    args = parser.parse_args([*_joined(config_words, recipe), *words])
-    broken = [names for names, is_broken, _ in RULES if recipe.keys() & set(names) and is_broken(args)]
-    return recipe.keys() | {name for names in broken for name in names}
+    broken = _names_of_broken_rules(recipe, [*_joined(config_words, recipe), *words])
+    return recipe.keys() | {name for names in broken if recipe.keys() & set(names) for name in names}
 
 
 def _joined(words_of, left_out):
@@ -154,11 +151,17 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
 def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
     """-> those of `defaults` that are not given, and that no flag that is given, or one of `stronger`, excludes."""
     defaults = {name: value for name, value in defaults.items() if name not in explicit}
-    parser = build_parser()
-    parser.set_defaults(**{**defaults, **stronger})
-    args = parser.parse_args(argv)
-    excluded = {name for names, is_broken, _ in RULES if is_broken(args) for name in names}
+    broken = _names_of_broken_rules({**defaults, **stronger}, argv)
+    excluded = {name for names in broken for name in names}
     return {name: value for name, value in defaults.items() if name not in excluded}
+
+
+def _names_of_broken_rules(defaults, argv):
+    """-> the flags of each of RULES that a command line breaks with these defaults."""
+    parser = build_parser()
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    return [names for names, is_broken, _ in RULES if is_broken(args)]
 
 
 def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag: str = "--resume") -> None:

@@ -243,14 +243,16 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
         parse_flags(["--recipe", "strong", "--sampling", "sqrt", "--use_augmentation", "--data_dirs", data])
 
 
-def test_a_recipe_wins_over_the_defaults_of_the_demo(data):
+def test_a_recipe_wins_over_the_defaults_of_the_demo():
     assert parse_flags(["--recipe", "two_level", "--demo"]).epochs == 8
-    assert parse_flags(["--recipe", "strong", "--demo"]).zero_init
+    args = parse_flags(["--recipe", "strong", "--demo"])
+    assert args.zero_init and (args.sampling, args.use_augmentation, args.epochs) == ("balanced", False, 8)
+    assert not parse_flags(["--demo", "--sampling", "sqrt"]).use_augmentation
+
+
+def test_weights_that_are_given_are_not_zeroed(data):
     with pytest.raises(UserError, match="--zero_init: for random weights only"):
         parse_flags(["--zero_init", "--data_dirs", data])
-    args = parse_flags(["--recipe", "strong", "--demo"])
-    assert (args.sampling, args.use_augmentation, args.epochs) == ("balanced", False, 8)
-    assert not parse_flags(["--demo", "--sampling", "sqrt"]).use_augmentation
 
 
 def test_a_recipe_of_the_command_line_wins_over_the_config(data, write_config):
