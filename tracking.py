@@ -3,7 +3,6 @@
 import argparse
 import os
 import secrets
-import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from run.files import valid_text
 from run.progress import Progress
 from run.ranks import is_first
 from run.signals import Stopped, call_in_thread
-from run.surroundings import is_writable, user_folder
+from run.surroundings import command_line, is_writable, user_folder
 
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120  # for uploads that remain at the end; a server that is gone delays nobody for longer
@@ -302,7 +301,7 @@ class WandbRun:
 
 
 def _sync_command(folder):
-    return f"wandb login && {shlex.join(['wandb', 'sync', str(folder)])}"
+    return f"wandb login && {command_line(['wandb', 'sync', str(folder)])}"
 
 
 def _provide_folders(folder):

@@ -1,7 +1,6 @@
 """The results of a search: one line per trial, search.csv, the plots, and the command that trains the best setting."""
 
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from run.files import atomic_write, write_csv
+from run.surroundings import command_line
 from study import process
 from study.sweep_yaml import SweepConfig
 
@@ -53,7 +53,7 @@ def write_search_results(
         flags = process.without_flag(flags, "--epochs")
     print(f"best: {trial_line(best, config)}")
     print(f"best model: {best.user_attrs['run_dir']}/best_model.pth")
-    print(f"full training: {shlex.join(['python', os.path.relpath(process.MAIN), *flags])}")
+    print(f"full training: {command_line(['python', os.path.relpath(process.MAIN), *flags])}")
     print(f"all trials: {folder / 'search.csv'}")
 
 
