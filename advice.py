@@ -22,7 +22,7 @@ NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5  # with less, tau is chance (docs/method
 SMALL_TEST_CLASS = 10  # images
 FOLDS = 5
 USUAL_RATE = 1e-4  # of --learning_rate
-LOSS_FALL = 0.98  # of the first epoch: a loss that never gets lower has not fallen
+NEAR_CONSTANT = 1.5  # times the balanced accuracy of a constant answer
 GAP = 0.25  # of the accuracy between training and validation
 LOSS_RISE = 1.1  # of the lowest validation loss
 STILL_LEARNING = 0.02  # of the selected metric, gained in the last quarter of the epochs
@@ -45,18 +45,20 @@ class Advice(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- rules
 
 
-def loss_never_fell(run: Run) -> Advice | None:
-    """The learning rate is too high, or too low to be seen: the loss stays where a constant answer would have it."""
-    end = run.args.drw_epoch or run.args.epochs - run.args.crt_epochs  # of the first stage: the next has another loss
-    losses = [row["train_loss"] for row in run.history if row["epoch"] < end]
-    if len(losses) < 3 or min(losses[1:]) < LOSS_FALL * losses[0]:
+def learned_nothing(run: Run) -> Advice | None:
+    """The test cannot tell the model from a constant answer, whose balanced accuracy is 1/C with C classes, even after
+    post-hoc adjustment."""
+    num_classes = sum(metrics["support"] > 0 for metrics in run.results["test"]["per_class"].values())
+    tests = [results["test"] for results in (run.results, run.results.get("posthoc")) if results]
+    highest = NEAR_CONSTANT / num_classes  # with a wide interval, the model can be anything
+    if num_classes < 2 or not all(
+        low <= 1 / num_classes + 1e-9 and high <= highest for low, high in (test["balanced_acc_ci"] for test in tests)
+    ):
         return None
-    if run.args.weights or run.args.sampling == "progressive":  # starts low; has harder images from epoch to epoch
-        return None
-    rate = run.args.learning_rate
+    (low, high), rate = tests[0]["balanced_acc_ci"], run.args.learning_rate
     return Advice(
-        f"the training loss never fell: {losses[0]:.3f} in the first epoch, {min(losses[1:]):.3f} at best later; "
-        f"change the learning rate of {rate:g}",
+        f"no better than a constant answer: balanced accuracy {tests[0]['balanced_acc']:.3f} [{low:.3f}, {high:.3f}] "
+        f"in the test of {num_classes} classes; change the learning rate of {rate:g}",
         again(run, learning_rate=f"{rate / 10 if rate > USUAL_RATE else rate * 10:g}"),
     )
 
@@ -207,7 +209,7 @@ def _can_be_folded(run):
 
 
 RULES = (
-    loss_never_fell, splits_differ, corrected_twice, not_corrected, overfits, not_finished, small_test_class,
+    learned_nothing, splits_differ, corrected_twice, not_corrected, overfits, not_finished, small_test_class,
 )  # fmt: skip
 
 
