@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flag_queries import corrects_by_loss, corrects_by_sampling
+from flag_queries import corrects_by_loss, corrects_by_sampling, corrects_twice
 from flags import build_parser
 from metrics import wilson_interval
 from run.cli import attempt
@@ -99,7 +99,7 @@ def corrected_twice(run: Run) -> Advice | None:
     if run.args.best_metric != "val_balanced_acc" or run.args.crt_epochs:
         return None
     tau = run.results.get("posthoc", {}).get("tau", 0)
-    if not (corrects_by_loss(run.args) and corrects_by_sampling(run.args) and tau <= NEGATIVE_TAU):
+    if not (corrects_twice(run.args) and tau <= NEGATIVE_TAU):
         return None
     loss = run.args.train_loss
     return Advice(

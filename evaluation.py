@@ -14,7 +14,7 @@ from advice import print_advice
 from calibration import adjust, correct_prior, fit_posthoc
 from dataset_double import eval_loader
 from engine import Engine, Outputs, build_engine
-from flag_queries import corrects_by_loss, corrects_by_sampling, is_ordinal, replaced_splits, shown_at_any_angle
+from flag_queries import corrects_twice, is_ordinal, replaced_splits, shown_at_any_angle
 from flags import SPLITS
 from images.augment import views
 from images.cache import open_cache, read_all
@@ -163,11 +163,11 @@ def evaluate_splits(
 def training_prior(args: argparse.Namespace, samples_per_cls: Sequence[int]) -> dict[str, Any] | None:
     """-> prior and gamma for `correct_prior`: what the loss and the sampling together have made of the class shares.
 
-    None if not both correct, if they changed during the training, and for losses whose minimum has no such form.
-    args: flags of the training.
+    None if they do not correct twice, if they changed during the training, and for losses whose minimum has no such
+    form. args: flags of the training.
     """
     changes = args.drw_epoch or args.crt_epochs or args.sampling == "progressive"
-    if changes or not (corrects_by_loss(args) and corrects_by_sampling(args)):
+    if changes or not corrects_twice(args):
         return None
     criterion, counts = build_loss_from_flags(args, samples_per_cls), np.asarray(samples_per_cls, dtype=np.float64)
     oversampled = np.maximum(counts, args.target_samples_per_class or counts.max())

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
 from flag_queries import corrects_by_sampling, flag_of, scaled_learning_rate
-from flags import DEMO_DEFAULTS, FROM_SCRATCH, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
+from flags import CORRECTION, DEMO_DEFAULTS, FROM_SCRATCH, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_file, check_is_folder, prefixed
@@ -143,6 +143,9 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     if "recipe" not in explicit:
         return {}
     recipe, pretrained = RECIPES[explicit["recipe"]], explicit.get("pretrained", not explicit.get("demo"))
+    if explicit["recipe"] == "strong" and explicit.keys() & set(CORRECTION):  # half of a correction is none
+        recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
+        recipe["train_loss"] = "ce"
     if not (pretrained or explicit.get("weights")):
         recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
     return _fitting_defaults(recipe, explicit, argv, {"pretrained": pretrained})

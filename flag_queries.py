@@ -50,6 +50,12 @@ def corrects_by_sampling(args: argparse.Namespace) -> bool:
     return args.use_augmentation or args.sampling != "instance"
 
 
+def corrects_twice(args: argparse.Namespace) -> bool:
+    """Whether the loss favors small classes on top of a sampling that does, beyond equal shares of all classes."""
+    is_shared = args.sampling == "sqrt" and args.train_loss == "logit_adjustment" and args.tau <= 0.5
+    return corrects_by_loss(args) and corrects_by_sampling(args) and not is_shared
+
+
 def shown_at_any_angle(args: argparse.Namespace) -> bool:
     """Whether the training shows every image at every angle."""
     return args.augment_all and "rotation" in args.augmentation_methods and args.rotation == 180

@@ -47,8 +47,13 @@ DEMO_DEFAULTS = {
 # {name: flags of `--recipe`}; those of the command line win
 RECIPES = {
     "two_level": {"train_loss": "cb", "use_augmentation": True},
-    "strong": {"train_loss": "ce", "sampling": "balanced", "augment_all": True, "rotation": 180, "ema": 0.99},
-}
+    "strong": {
+        "train_loss": "logit_adjustment", "tau": 0.5, "sampling": "sqrt",  # half of the correction each
+        "augment_all": True, "rotation": 180, "ema": 0.99, "mixup": 0.2, "cutmix": 1.0,
+    },
+}  # fmt: skip
+# the correction of imbalance in `strong`; if one of these is given, it takes the place of all
+CORRECTION = ("train_loss", "sampling", "use_augmentation")
 # further flags of a recipe for a training that starts from random weights
 FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True}}
 # flags that do not change what a run learns; nor do those of W&B

@@ -108,6 +108,11 @@ CASES = {
         run_of({**BOTH, "best_metric": "val_macro_f1"}, {"posthoc": {"tau": -0.5}}),
         "corrected_twice", "tau is -0.5", "--train_loss ce",
     ),
+    "twice, more than half and half": (
+        run_of({"train_loss": "logit_adjustment", "tau": 0.6, "sampling": "sqrt"}, {"posthoc": {"tau": -0.5}}),
+        run_of({"train_loss": "logit_adjustment", "tau": 0.5, "sampling": "sqrt"}, {"posthoc": {"tau": -0.5}}),
+        "corrected_twice", "tau is -0.5", "--train_loss ce",
+    ),
     "twice, shifted": (
         run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.5}, {"posthoc": {"tau": -0.5}}),
         run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.0}, {"posthoc": {"tau": -0.5}}),

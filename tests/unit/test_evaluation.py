@@ -20,6 +20,7 @@ INVERSE = 3 / np.array(COUNTS) / (1 / np.array(COUNTS)).sum()
         ("--sampling sqrt --train_loss weighted_ce", INVERSE * np.sqrt(COUNTS), None),
         ("--sampling balanced --train_loss balanced_softmax", INVERSE, None),
         ("--sampling balanced --train_loss logit_adjustment --tau 0.5", np.sqrt(INVERSE), None),
+        ("--sampling sqrt --train_loss logit_adjustment --tau 0.75", INVERSE**0.25, None),
     ],
 )
 def test_the_prior_is_class_shares_times_class_weights(flags, prior, gamma, tmp_path):
@@ -32,6 +33,7 @@ def test_the_prior_is_class_shares_times_class_weights(flags, prior, gamma, tmp_
     "flags",
     [
         "--train_loss cb", "--train_loss ce --use_augmentation",  # corrected once
+        "--train_loss logit_adjustment --tau 0.5 --sampling sqrt",  # half and half
         "--use_augmentation --cb_form sigmoid", "--train_loss ldam --drw_epoch 2 --sampling sqrt",
         "--use_augmentation --drw_epoch 2", "--use_augmentation --crt_epochs 2", "--sampling progressive",
     ],

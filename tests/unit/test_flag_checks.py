@@ -237,6 +237,11 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
     (tmp_path / "flags.yaml").write_text("recipe: strong\nema: 0.5\n")
     args = parse_flags(["--config", str(tmp_path / "flags.yaml"), "--data_dirs", data, "--use_augmentation"])
     assert (args.ema, args.use_augmentation, args.sampling, args.augment_all) == (0.5, True, "instance", True)
+    assert (args.train_loss, args.tau) == ("ce", 1.0)  # not the other half of the correction
+    args = parse_flags(["--recipe", "strong", "--train_loss", "cb", "--data_dirs", data])
+    assert (args.train_loss, args.sampling, args.mixup) == ("cb", "instance", RECIPES["strong"]["mixup"])
+    args = parse_flags(["--recipe", "strong", "--tau", "0.25", "--data_dirs", data])
+    assert (args.train_loss, args.tau, args.sampling) == ("logit_adjustment", 0.25, "sqrt")
     args = parse_flags(["--recipe", "two_level", "--sampling", "sqrt", "--data_dirs", data])
     assert (args.sampling, args.use_augmentation, args.train_loss) == ("sqrt", False, "cb")
     with pytest.raises(UserError, match="both oversample"):  # a mistake of the user's own
@@ -246,7 +251,7 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
 def test_a_recipe_wins_over_the_defaults_of_the_demo():
     assert parse_flags(["--recipe", "two_level", "--demo"]).epochs == 8
     args = parse_flags(["--recipe", "strong", "--demo"])
-    assert args.zero_init and (args.sampling, args.use_augmentation, args.epochs) == ("balanced", False, 8)
+    assert args.zero_init and (args.sampling, args.use_augmentation, args.epochs) == ("sqrt", False, 8)
     assert not parse_flags(["--demo", "--sampling", "sqrt"]).use_augmentation
 
 
