@@ -143,7 +143,9 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     if "recipe" not in explicit:
         return {}
     recipe, pretrained = RECIPES[explicit["recipe"]], explicit.get("pretrained", not explicit.get("demo"))
-    if explicit["recipe"] == "strong" and explicit.keys() & set(CORRECTION):  # half of a correction is none
+    usual = {"use_augmentation": False, **recipe}
+    is_replaced = any(name in explicit and explicit[name] != usual.get(name) for name in CORRECTION)
+    if explicit["recipe"] == "strong" and is_replaced:  # half of a correction is none
         recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
         recipe["train_loss"] = "ce"
     if not (pretrained or explicit.get("weights")):

@@ -52,7 +52,7 @@ RECIPES = {
         "augment_all": True, "rotation": 180, "ema": 0.99, "mixup": 0.2, "cutmix": 1.0,
     },
 }  # fmt: skip
-# the correction of imbalance in `strong`; if one of these is given, it takes the place of all
+# the correction of imbalance in `strong`; if one of these is given another value, it takes the place of all
 CORRECTION = ("train_loss", "sampling", "use_augmentation")
 # further flags of a recipe for a training that starts from random weights
 FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True}}

@@ -242,6 +242,9 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
     assert (args.train_loss, args.sampling, args.mixup) == ("cb", "instance", RECIPES["strong"]["mixup"])
     args = parse_flags(["--recipe", "strong", "--tau", "0.25", "--data_dirs", data])
     assert (args.train_loss, args.tau, args.sampling) == ("logit_adjustment", 0.25, "sqrt")
+    for same in ("--use_augmentation=False", "--sampling=sqrt", "--train_loss=logit_adjustment"):
+        args = parse_flags(["--recipe", "strong", same, "--data_dirs", data])
+        assert (args.train_loss, args.tau, args.sampling) == ("logit_adjustment", 0.5, "sqrt")
     args = parse_flags(["--recipe", "two_level", "--sampling", "sqrt", "--data_dirs", data])
     assert (args.sampling, args.use_augmentation, args.train_loss) == ("sqrt", False, "cb")
     with pytest.raises(UserError, match="both oversample"):  # a mistake of the user's own
