@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
-from flag_queries import corrects_by_sampling, flag_of, scaled_learning_rate
+from flag_queries import corrects_by_loss, corrects_by_sampling, flag_of, scaled_learning_rate
 from flags import CORRECTION, DEMO_DEFAULTS, FROM_SCRATCH, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
 from images.layout import take_splits
 from run.cli import Parser, UserError
@@ -148,6 +148,8 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     if explicit["recipe"] == "strong" and is_replaced:  # half of a correction is none
         recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
         recipe["train_loss"] = "ce"
+        if not corrects_by_loss(_with_defaults(recipe, argv)):
+            recipe["sampling"] = "balanced"
     if not (pretrained or explicit.get("weights")):
         recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
     return _fitting_defaults(recipe, explicit, argv, {"pretrained": pretrained})
@@ -163,10 +165,14 @@ def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
 
 def _names_of_broken_rules(defaults, argv):
     """-> the flags of each of RULES that a command line breaks with these defaults."""
+    args = _with_defaults(defaults, argv)
+    return [names for names, is_broken, _ in RULES if is_broken(args)]
+
+
+def _with_defaults(defaults, argv):
     parser = build_parser()
     parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    return [names for names, is_broken, _ in RULES if is_broken(args)]
+    return parser.parse_args(argv)
 
 
 def check_inherited(inherited: Mapping[str, Any], path: str | os.PathLike, flag: str = "--resume") -> None:

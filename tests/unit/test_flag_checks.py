@@ -240,6 +240,8 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
     assert (args.train_loss, args.tau) == ("ce", 1.0)  # not the other half of the correction
     args = parse_flags(["--recipe", "strong", "--train_loss", "cb", "--data_dirs", data])
     assert (args.train_loss, args.sampling, args.mixup) == ("cb", "instance", RECIPES["strong"]["mixup"])
+    args = parse_flags(["--recipe", "strong", "--train_loss", "ordinal", "--data_dirs", data])
+    assert args.sampling == "balanced"  # that loss corrects nothing
     args = parse_flags(["--recipe", "strong", "--tau", "0.25", "--data_dirs", data])
     assert (args.train_loss, args.tau, args.sampling) == ("logit_adjustment", 0.25, "sqrt")
     for same in ("--use_augmentation=False", "--sampling=sqrt", "--train_loss=logit_adjustment"):
