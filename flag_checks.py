@@ -143,16 +143,21 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
     if "recipe" not in explicit:
         return {}
     recipe, pretrained = RECIPES[explicit["recipe"]], explicit.get("pretrained", not explicit.get("demo"))
-    usual = {"use_augmentation": False, **recipe}
-    is_replaced = any(name in explicit and explicit[name] != usual.get(name) for name in CORRECTION)
-    if explicit["recipe"] == "strong" and is_replaced:  # half of a correction is none
-        recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
-        recipe["train_loss"] = "ce"
-        if not corrects_by_loss(_with_defaults(recipe, argv)):
-            recipe["sampling"] = "balanced"
+    if explicit["recipe"] == "strong":
+        recipe = _with_whole_correction(recipe, explicit, argv)
     if not (pretrained or explicit.get("weights")):
         recipe = recipe | FROM_SCRATCH[explicit["recipe"]]
     return _fitting_defaults(recipe, explicit, argv, {"pretrained": pretrained})
+
+
+def _with_whole_correction(recipe, explicit, argv):
+    """-> `recipe`, without both halves of its correction if a flag that is given replaces one of them."""
+    usual = {"use_augmentation": False, **recipe}
+    if all(explicit.get(name, usual[name]) == usual[name] for name in CORRECTION):
+        return recipe
+    recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")} | {"train_loss": "ce"}
+    loss_corrects = corrects_by_loss(_with_defaults(recipe, argv))
+    return recipe if loss_corrects else recipe | {"sampling": "balanced"}
 
 
 def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
