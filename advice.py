@@ -14,11 +14,11 @@ from flags import build_parser
 from metrics import wilson_interval
 from run.cli import attempt
 from run.files import printable, read_json, read_rows
-from run.saver import LAST
+from run.saver import BEST
 from run.surroundings import command_line, start_of_command
 
 MAX_ADVICE = 3
-NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5  # with less, tau is chance (docs/methods.md)
+NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5
 SMALL_TEST_CLASS = 10  # images
 FOLDS = 5
 USUAL_RATE = 1e-4  # of --learning_rate
@@ -86,7 +86,7 @@ def _wilson_interval_of_mean(metrics):
     """Interval of the mean recall from those of the recalls (Zou & Donner 2008, "Construction of confidence limits
     about effect measures")."""
     rows = [row for row in metrics["per_class"].values() if row["support"]]
-    bounds = [wilson_interval(row["recall"], row["support"]) for row in rows]
+    bounds = [wilson_interval(row["recall"], row.get("subjects", row["support"])) for row in rows]
     below = math.hypot(*(row["recall"] - low for row, (low, _) in zip(rows, bounds, strict=True)))
     above = math.hypot(*(high - row["recall"] for row, (_, high) in zip(rows, bounds, strict=True)))
     mean = sum(row["recall"] for row in rows) / len(rows)
@@ -94,34 +94,46 @@ def _wilson_interval_of_mean(metrics):
 
 
 def corrected_twice(run: Run) -> Advice | None:
-    """A negative tau moves back a model that favors the rare classes too much. That of macro F1 is negative anyway; a
-    new head has had no loss that corrects."""
-    if run.args.best_metric != "val_balanced_acc" or run.args.crt_epochs:
+    """With what both corrections shifted undone, the test has a macro F1 that is higher by more than the intervals, and
+    no lower balanced accuracy. A new head has had no loss that corrects, and a constant answer nothing to undo."""
+    if run.args.crt_epochs or not corrects_twice(run.args) or learned_nothing(run):
         return None
-    tau = run.results.get("posthoc", {}).get("tau", 0)
-    if not (corrects_twice(run.args) and tau <= NEGATIVE_TAU):
-        return None
-    loss = run.args.train_loss
-    return Advice(
-        f"corrected twice: --train_loss {loss} and the sampling both favor the small classes, and tau is {tau:g}; "
-        "leave the correction to the sampling",
-        again(run, train_loss="ce"),
-    )
+    for name, how in (("posthoc_exact", "the shift of both undone"), ("posthoc", "part of it undone")):
+        undone, test = run.results.get(name), run.results["test"]
+        tau = undone.get("tau") if undone else 0.0
+        if (tau is None or tau <= NEGATIVE_TAU) and _costs_macro_f1(test, undone["test"]):
+            how += "" if tau is None else f" (tau {tau:g})"
+            f1, balanced = (
+                f"{undone['test'][metric]:.3f} instead of {test[metric]:.3f}" for metric in ("macro_f1", "balanced_acc")
+            )
+            return Advice(
+                f"corrected twice: --train_loss {run.args.train_loss} and the sampling both favor the small classes; "
+                f"with {how}, the test has a macro F1 of {f1}, a balanced accuracy of {balanced}; leave the correction "
+                "to the sampling",
+                again(run, train_loss="ce"),
+            )
+    return None
+
+
+def _costs_macro_f1(twice, undone):
+    """Whether the second correction has cost macro F1 for no balanced accuracy. twice, undone: metrics of a test."""
+    return undone["macro_f1_ci"][0] > twice["macro_f1_ci"][1] and undone["balanced_acc"] >= twice["balanced_acc"]
 
 
 def not_corrected(run: Run) -> Advice | None:
-    """Nothing in the flags corrects the imbalance, and tau is clearly positive."""
+    """Nothing in the flags corrects the imbalance, tau is clearly positive, and the recall of the smallest class is
+    below that of the largest one by more than their intervals."""
     tau = run.results.get("posthoc", {}).get("tau", 0)
-    if corrects_by_loss(run.args) or corrects_by_sampling(run.args) or tau < POSITIVE_TAU:
-        return None
-    if run.args.crt_epochs or (run.args.train_loss == "focal" and len(run.args.alpha or []) > 1):  # correct too
+    if corrects_by_loss(run.args) or corrects_by_sampling(run.args) or run.args.crt_epochs or tau < POSITIVE_TAU:
         return None
     counts = dict(zip(run.results["classes"], run.results["samples_per_cls"], strict=True))
-    smallest = min(counts, key=counts.get)
-    recall = run.results["test"]["per_class"][smallest]["recall"]
-    found = "" if recall is None else f", and the recall of {printable(smallest)} is {recall:.2f}"
+    smallest, largest = min(counts, key=counts.get), max(counts, key=counts.get)
+    few, many = (run.results["test"]["per_class"][name] for name in (smallest, largest))
+    if few["recall"] is None or many["recall"] is None or few["recall_ci"][1] >= many["recall_ci"][0]:
+        return None
     return Advice(
-        f"the model favors the large classes: tau is {tau:g}{found}; oversample the small ones",
+        f"the model favors the large classes: tau is {tau:g}, and the recall of {printable(smallest)} is "
+        f"{few['recall']:.2f}, that of {printable(largest)} {many['recall']:.2f}; oversample the small ones",
         again(run, use_augmentation=True),
     )
 
@@ -136,7 +148,7 @@ def overfits(run: Run) -> Advice | None:
     last, lowest = history[-1], min(row["val_loss"] for row in history)
     name = max(_comparable_metrics(run.args), key=last.get)
     train, val, kind = last["train_acc"], last[name], "balanced accuracy " if name == "val_balanced_acc" else ""
-    if train - val < GAP or last["val_loss"] < LOSS_RISE * lowest:
+    if not (train - val >= GAP and last["val_loss"] >= LOSS_RISE * lowest):  # nor if a loss is not finite
         return None
     text = (
         f"overfits: accuracy {train:.2f} in training, {kind}{val:.2f} in validation, whose loss has risen from "
@@ -176,7 +188,7 @@ def not_finished(run: Run) -> Advice | None:
     )
     if run.args.folds:  # the folds of a cross-validation are trained alike
         return Advice(text + "train for more epochs", again(run, epochs=2 * run.args.epochs))
-    resume = ["--resume", str(run.folder / LAST), "--epochs", str(2 * run.args.epochs)]
+    resume = ["--resume", str(run.folder / BEST), "--epochs", str(2 * run.args.epochs)]
     return Advice(text + "train on", command_line([*start_of_command(), *resume]))
 
 
@@ -196,16 +208,21 @@ def small_test_class(run: Run) -> Advice | None:
 
 
 def _can_be_folded(run):
-    """Whether `--folds` can replace the splits: none is given, and each split of each fold gets all classes."""
+    """Whether `--folds` can replace the splits: none is given, and each split of each fold gets all classes.
+
+    With subjects, whose number in the training is not known, those of validation and test alone must be enough.
+    """
     args, results = run.args, run.results
     if args.test_dirs or args.val_dirs or args.split_column or args.folds:
         return False
+    has_subjects = args.group_regex or "subject_column" in results
+    unit, trained = ("subjects", []) if has_subjects else ("support", [results["samples_per_cls"]])
     found = [results[split]["per_class"].values() for split in ("val", "test") if split in results]
-    evaluated = [[row["support"] for row in rows] for rows in found]
-    images = min(map(sum, zip(results["samples_per_cls"], *evaluated, strict=True)))
+    evaluated = [[row.get(unit, 0) for row in rows] for rows in found]
+    units = min(map(sum, zip(*trained, *evaluated, strict=True)))
     train_share, val_share, _ = args.split
-    rest = images - math.ceil(images / FOLDS)  # at least, for training and validation
-    return images >= FOLDS and rest * min(train_share, val_share) >= (1 - 1e-9) * (train_share + val_share)
+    rest = units - math.ceil(units / FOLDS)  # at least, for training and validation
+    return units >= FOLDS and rest * min(train_share, val_share) >= (1 - 1e-9) * (train_share + val_share)
 
 
 RULES = (

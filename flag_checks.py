@@ -28,7 +28,7 @@ def parse_flags(
     explicit = explicit_flags(argv)
     parser = build_parser()
     recipe = recipe_flags(explicit, argv)
-    demo = _fitting_defaults(DEMO_DEFAULTS, explicit, argv, recipe) if explicit.get("demo") else {}
+    demo = _fitting_defaults(_demo_defaults(explicit), explicit, argv, recipe) if explicit.get("demo") else {}
     parser.set_defaults(**(inherited or {**demo, **recipe}))
     args = parser.parse_args(argv)
     if inherited and args.batch_size == "auto":  # was found when the run was started
@@ -96,13 +96,17 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
 
 
 def _replaced(config_words, words):
-    """The flags of a file that give way to `--recipe` of a command line: its own, and what excludes them."""
+    """The flags of a file that give way to `--recipe` of a command line: those of that recipe, what excludes them, the
+    correction of imbalance, and what the file has by a recipe of its own."""
+    if "recipe" not in explicit_flags(words):
+        return set()
     start = [word for name in ("pretrained", "weights") for word in config_words.get(name, [])]
     recipe = recipe_flags(explicit_flags([*start, *words]), [*start, *words])
-    if not recipe:
-        return set()
-    broken = _names_of_broken_rules(recipe, [*_joined(config_words, recipe), *words])
-    return recipe.keys() | {name for names in broken if recipe.keys() & set(names) for name in names}
+    in_file = explicit_flags(_joined(config_words, ()))
+    previous = RECIPES.get(in_file.get("recipe"), {}) | FROM_SCRATCH.get(in_file.get("recipe"), {})
+    replaced = {*recipe, *CORRECTION, "tau", *(name for name in previous if in_file.get(name) == previous[name])}
+    broken = _names_of_broken_rules(recipe, [*_joined(config_words, replaced), *words])
+    return replaced | {name for names in broken if recipe.keys() & set(names) for name in names}
 
 
 def _joined(words_of, left_out):
@@ -151,13 +155,22 @@ def recipe_flags(explicit: Mapping[str, Any], argv: Sequence[str]) -> dict[str, 
 
 
 def _with_whole_correction(recipe, explicit, argv):
-    """-> `recipe`, without both halves of its correction if a flag that is given replaces one of them."""
+    """-> `recipe`, with a whole correction instead of both halves if a flag that is given replaces one of them."""
     usual = {"use_augmentation": False, **recipe}
     if all(explicit.get(name, usual[name]) == usual[name] for name in CORRECTION):
         return recipe
-    recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")} | {"train_loss": "ce"}
-    loss_corrects = corrects_by_loss(_with_defaults(recipe, argv))
-    return recipe if loss_corrects else recipe | {"sampling": "balanced"}
+    recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
+    given = _with_defaults(recipe | {"train_loss": "ce"}, argv)
+    if corrects_by_loss(given) or corrects_by_sampling(given) or given.crt_epochs:
+        return recipe | {"train_loss": "ce"}
+    if "sampling" in explicit:  # instance
+        return recipe | {"train_loss": "logit_adjustment"}  # with the default tau, 1
+    return recipe | {"train_loss": "ce", "sampling": "balanced"}
+
+
+def _demo_defaults(explicit):
+    """-> DEMO_DEFAULTS; a recipe corrects the imbalance in its own way."""
+    return {k: v for k, v in DEMO_DEFAULTS.items() if "recipe" not in explicit or k not in CORRECTION}
 
 
 def _fitting_defaults(defaults, explicit, argv, stronger=MappingProxyType({})):
@@ -318,7 +331,7 @@ RULES = (
     (
         ("zero_init", "pretrained", "weights"),
         lambda a: a.zero_init and (a.pretrained or a.weights),
-        "--zero_init: for random weights only; add --no-pretrained, and omit --weights",
+        "--zero_init: for random weights only; add --no-pretrained and omit --weights, or add --no-zero_init",
     ),
     (
         ("split",),

@@ -41,6 +41,7 @@ def corrects_by_loss(args: argparse.Namespace) -> bool:
         (args.train_loss == "cb" and args.beta > 0)
         or args.train_loss in ("weighted_ce", "balanced_softmax")
         or (args.train_loss == "logit_adjustment" and args.tau > 0)
+        or (args.train_loss == "focal" and len(set(args.alpha or [])) > 1)
         or (args.train_loss == "ldam" and args.drw_epoch > 0 and args.beta > 0)
     )
 

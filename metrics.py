@@ -63,9 +63,9 @@ def full_metrics(
     subject of each image, or None. -> {acc, balanced_acc, macro_f1, nll (mean negative log-likelihood), ece (expected
     calibration error, Guo et al. 2017), many_shot_acc, medium_shot_acc, few_shot_acc (mean recall of the classes with
     more than 100, 20 to 100, and fewer than 20 training images, if there are any), per_class {class: {precision,
-    recall, f1, auroc, average_precision, support}}, confusion_matrix (rows: true classes)}; with `ordinal`, for classes
-    in the order of their grades, also the metrics of `_ordinal_metrics`. The metrics of a class that does not occur
-    are None, and so are the rankings of the only class that occurs.
+    recall, f1, auroc, average_precision, support (images), and with `subjects` their number}}, confusion_matrix (rows:
+    true classes)}; with `ordinal`, for classes in the order of their grades, also the metrics of `_ordinal_metrics`.
+    The metrics of a class that does not occur are None, and so are the rankings of the only class that occurs.
     """
     weighted = WeightedMetrics(targets, probabilities, samples_per_cls, ordinal)
     estimate = weighted.compute(np.ones((1, len(targets)), np.int32))
@@ -87,8 +87,10 @@ def full_metrics(
             is_defined = 0 < weighted.support[c] < (len(targets) if name in RANKINGS else np.inf)
             row[name] = float(values[c]) if is_defined else None
             row[f"{name}_ci"] = intervals[name][c].tolist() if is_defined else None
-    for row, support in zip(per_class.values(), weighted.support.tolist(), strict=True):
+    for row, support, independent in zip(per_class.values(), weighted.support.tolist(), num_independent, strict=True):
         row["support"] = support
+        if subjects is not None:
+            row["subjects"] = independent
     return {**results, "per_class": per_class, "confusion_matrix": confusion_matrix(targets, probabilities).tolist()}
 
 

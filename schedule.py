@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dataset_double import ClassSampler, train_loader
-from flags import FROM_SCRATCH, RECIPES
+from flags import CORRECTION, FROM_SCRATCH, RECIPES
 from images.folders import ImageIndex
 from run.cli import UserError
 from run.machine import has_fused_optimizer
@@ -152,7 +152,8 @@ def print_stages(stages: list[Stage], num_originals: int, args: argparse.Namespa
     num_originals: number of training images.
     """
     if args.recipe:
-        names = RECIPES[args.recipe] | FROM_SCRATCH[args.recipe]
+        from_scratch = {} if args.pretrained or args.weights else FROM_SCRATCH[args.recipe]
+        names = RECIPES[args.recipe] | dict.fromkeys(CORRECTION) | from_scratch
         print(f"recipe {args.recipe}:", *(f"--{name}={getattr(args, name)}" for name in names))
     for stage in stages:
         when = f", epochs {stage.start} to {stage.end - 1}" if len(stages) > 1 else ""

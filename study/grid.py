@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from data_flags import FOLDER_FLAGS, LABEL_FLAGS
 from flag_checks import parse_flags
 from flag_queries import flag_of
+from flags import CORRECTION, FROM_SCRATCH, RECIPES
 from run.cli import UserError
 from run.files import read_yaml
 from study.process import RESERVED_FLAGS, refuse_flags
@@ -52,7 +53,12 @@ def read_grid(path: str | None) -> dict[str, str]:
 def varied_flags(grid: Mapping[str, str]) -> set[str]:
     """-> the flags that a method sets, or that are set for all methods: a file of `--config` cannot."""
     words = [word for flags in grid.values() for word in shlex.split(flags) if word.startswith("--")]
-    return {"augment_all", *NOT_PASSED_ON, *map(flag_of, words)}
+    names = set(map(flag_of, words))
+    if "recipe" in names:
+        names = names.union(CORRECTION, *RECIPES.values(), *FROM_SCRATCH.values())
+    elif names & set(CORRECTION):  # a method that names only the loss has no sampling
+        names = names.union(CORRECTION)
+    return {"augment_all", "recipe", *NOT_PASSED_ON, *names}
 
 
 def common_flags(main_flags: list[str]) -> list[str]:
@@ -76,6 +82,7 @@ def with_epochs(flags: str, epochs: int) -> list[str]:
 def check_flags(main_flags: list[str], grid: Mapping[str, str], epochs: int) -> None:
     """Raise UserError for flags of main.py that cannot be, on the command line or of a method."""
     refuse_flags(main_flags, NOT_PASSED_ON)
+    refuse_flags(main_flags, {"recipe"}, "sets flags in which the methods differ; name it in a method of --grid")
     _check_batch_size(parse_flags([*common_flags(main_flags), "--epochs", str(epochs)]))
     for name, flags in grid.items():
         try:

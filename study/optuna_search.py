@@ -141,7 +141,11 @@ class Search:
         flags, defaults = vars(self.constants), vars(build_main_parser().parse_args([]))
         # machines that share a storage may have the images in different folders
         ignored = PATH_FLAGS if self.args.storage else ()
-        changed = {k: v for k, v in flags.items() if v != defaults[k] and not is_neutral(k) and k not in ignored}
+        changed = {
+            name: value
+            for name, value in flags.items()
+            if value != defaults[name] and (name == "recipe" or not is_neutral(name)) and name not in ignored
+        }  # the flags of the recipe are not among these
         for name in changed.keys() & set(PATH_FLAGS):
             changed[name] = [os.path.abspath(folder) for folder in changed[name]]
         return {**{key: self.config.content.get(key) for key in ("parameters", "metric", "method")}, "flags": changed}

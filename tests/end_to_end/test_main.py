@@ -291,7 +291,9 @@ def test_runs_with_progressive_sizes_and_gradient_accumulation_resume_on_schedul
 
 
 def test_the_log_has_every_part_of_a_run_and_of_its_folds(copied_run, data_dir, tmp_path):
-    assert run_main("--resume", copied_run / "last_model.pth", "--epochs", 3) == 0
+    for name in ("last_model.pth", "previous_model.pth"):  # as after a search or an ablation
+        (copied_run / name).unlink()
+    assert run_main("--resume", copied_run / "best_model.pth", "--epochs", 3) == 0
     log = (copied_run / "log.txt").read_text(encoding="utf-8")
     assert "imbalance: Class-Balanced" in log and log.count("results saved to") == 2
     advice = "only 1 test image of 10: a recall of one half has the interval 0.05 to 0.95, whatever the model"

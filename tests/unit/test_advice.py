@@ -16,13 +16,20 @@ DEFAULTS = vars(build_parser().parse_args(["--train_loss", "ce"]))
 
 def run_of(flags=None, results=None, history=()):
     """A run in which nothing is to be said, but for what is given."""
-    split = {"balanced_acc": 0.8, "balanced_acc_ci": [0.7, 0.9]}
-    per_class = {"0": {"support": 90, "recall": 0.8}, "<1>": {"support": 10, "recall": 0.25}}
+    split = {"balanced_acc": 0.8, "balanced_acc_ci": [0.7, 0.9], "macro_f1": 0.6, "macro_f1_ci": [0.5, 0.7]}
+    few = {"support": 10, "recall": 0.25, "recall_ci": [0.1, 0.5]}
+    per_class = {"0": {"support": 90, "recall": 0.8, "recall_ci": [0.7, 0.9]}, "<1>": few}
     usual = {name: {**split, "per_class": per_class} for name in ("val", "test")}
     usual |= {"best_epoch": 1, "classes": ["0", "<1>"], "samples_per_cls": [300, 30]}
     results = usual | (results or {})
     results["posthoc"] = {"tau": 0.0, "test": results["test"]} | results.get("posthoc", {})
     return Run(Path("runs/my run"), Namespace(**DEFAULTS | (flags or {})), results, list(history))
+
+
+def undone(tau, f1_low=0.71, balanced=0.8):
+    """Results after the adjustment by `tau`: low end of the interval of macro F1, and balanced accuracy."""
+    test = {**run_of().results["test"], "macro_f1": 0.8, "macro_f1_ci": [f1_low, 0.9], "balanced_acc": balanced}
+    return {"posthoc": {"tau": tau, "test": test}}
 
 
 def epochs(**columns):
@@ -38,16 +45,20 @@ def said(run):
     return [(rule.__name__, *found) for rule in RULES if (found := rule(run))]
 
 
-def of_class(support, train=3, val=1):
-    """Results with a class that has this many test images."""
-    rows = {split: {**run_of().results["val"], "per_class": {"0": {"support": n, "recall": 0.5}}}
+def of_class(support, train=3, val=1, subjects=None):
+    """Results with a class that has this many test images, and this many subjects in validation and test each."""
+    known = {} if subjects is None else {"subjects": subjects}
+    rows = {split: {**run_of().results["val"], "per_class": {"0": {"support": n, "recall": 0.5, **known}}}
             for split, n in {"val": val, "test": support}.items()}  # fmt: skip
     return {**rows, "classes": ["0"], "samples_per_cls": [train]}
 
 
 BOTH = {"train_loss": "cb", "use_augmentation": True}
 RECALLS = {"0": {"support": 90, "recall": 0.2}, "<1>": {"support": 10, "recall": 0.1}}
-TEST = {"balanced_acc": 0.6, "balanced_acc_ci": [0.55, 0.69], "per_class": RECALLS}
+TEST = {**run_of().results["test"], "balanced_acc": 0.6, "balanced_acc_ci": [0.55, 0.69], "per_class": RECALLS}
+CLOSE = {"0": {"support": 90, "recall": 0.88, "recall_ci": [0.8, 0.93]},
+         "<1>": {"support": 90, "recall": 0.87, "recall_ci": [0.79, 0.92]}}  # fmt: skip
+ABSENT = {**CLOSE, "<1>": {"support": 0, "recall": None, "recall_ci": None}}
 NOTHING = run_of().results["test"] | {"balanced_acc": 0.52, "balanced_acc_ci": [0.5, 0.6]}
 FEW = {"0": {"support": 90, "recall": 0.6}, "<1>": {"support": 10, "recall": 0.1}}
 DEFERRED = {"drw_epoch": 2, "sampling": "sqrt"}
@@ -84,39 +95,65 @@ CASES = {
         "splits_differ", "compare their photographs", "--check_data",
     ),
     "twice": (
-        run_of(BOTH, {"posthoc": {"tau": -0.25}}),
-        run_of(BOTH, {"posthoc": {"tau": -0.2}}),
-        "corrected_twice", "tau is -0.25", "--train_loss ce",
+        run_of(BOTH, undone(-0.25)),
+        run_of(BOTH, undone(-0.2)),
+        "corrected_twice", "part of it undone (tau -0.25), the test has a macro F1 of 0.800 instead of 0.600, a "
+        "balanced accuracy of 0.800 instead of 0.800", "--train_loss ce",
     ),
     "twice, new head": (
-        run_of(BOTH, {"posthoc": {"tau": -0.5}}),
-        run_of({**BOTH, "crt_epochs": 2}, {"posthoc": {"tau": -0.5}}),
-        "corrected_twice", "tau is -0.5", "--train_loss ce",
+        run_of(BOTH, undone(-0.5)),
+        run_of({**BOTH, "crt_epochs": 2}, undone(-0.5)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
     ),
     "once": (
-        run_of({"train_loss": "cb", "sampling": "sqrt"}, {"posthoc": {"tau": -1.0}}),
-        run_of({"train_loss": "cb"}, {"posthoc": {"tau": -1.0}}),
-        "corrected_twice", "tau is -1", "--train_loss ce",
+        run_of({"train_loss": "cb", "sampling": "sqrt"}, undone(-1.0)),
+        run_of({"train_loss": "cb"}, undone(-1.0)),
+        "corrected_twice", "(tau -1)", "--train_loss ce",
     ),
     "deferred": (
-        run_of({"train_loss": "ldam", "drw_epoch": 8, "use_augmentation": True}, {"posthoc": {"tau": -1.0}}),
-        run_of({"train_loss": "ldam", "use_augmentation": True}, {"posthoc": {"tau": -1.0}}),
+        run_of({"train_loss": "ldam", "drw_epoch": 8, "use_augmentation": True}, undone(-1.0)),
+        run_of({"train_loss": "ldam", "use_augmentation": True}, undone(-1.0)),
         "corrected_twice", "--train_loss ldam", "--train_loss ce",
     ),
     "twice, macro F1": (
-        run_of({**BOTH, "best_metric": "val_balanced_acc"}, {"posthoc": {"tau": -0.5}}),
-        run_of({**BOTH, "best_metric": "val_macro_f1"}, {"posthoc": {"tau": -0.5}}),
-        "corrected_twice", "tau is -0.5", "--train_loss ce",
+        run_of(BOTH, undone(-0.5, f1_low=0.71)),
+        run_of(BOTH, undone(-0.5, f1_low=0.7)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
+    ),
+    "twice, balanced accuracy": (
+        run_of(BOTH, undone(-0.5, balanced=0.8)),
+        run_of(BOTH, undone(-0.5, balanced=0.79)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
+    ),
+    "twice, exact": (
+        run_of(BOTH, {"posthoc_exact": {"test": undone(0)["posthoc"]["test"]}} | undone(0.0)),
+        run_of(BOTH, {"posthoc_exact": {"test": undone(0, f1_low=0.1)["posthoc"]["test"]}} | undone(0.0)),
+        "corrected_twice", "the shift of both undone", "--train_loss ce",
     ),
     "twice, more than half and half": (
-        run_of({"train_loss": "logit_adjustment", "tau": 0.6, "sampling": "sqrt"}, {"posthoc": {"tau": -0.5}}),
-        run_of({"train_loss": "logit_adjustment", "tau": 0.5, "sampling": "sqrt"}, {"posthoc": {"tau": -0.5}}),
-        "corrected_twice", "tau is -0.5", "--train_loss ce",
+        run_of({"train_loss": "logit_adjustment", "tau": 0.6, "sampling": "sqrt"}, undone(-0.5)),
+        run_of({"train_loss": "logit_adjustment", "tau": 0.5, "sampling": "sqrt"}, undone(-0.5)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
     ),
     "twice, shifted": (
-        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.5}, {"posthoc": {"tau": -0.5}}),
-        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.0}, {"posthoc": {"tau": -0.5}}),
-        "corrected_twice", "tau is -0.5", "--train_loss ce",
+        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.5}, undone(-0.5)),
+        run_of({**BOTH, "train_loss": "logit_adjustment", "tau": 0.0}, undone(-0.5)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
+    ),
+    "twice, shifted by alpha": (
+        run_of({"train_loss": "focal", "alpha": [1, 2], "sampling": "sqrt"}, undone(-0.5)),
+        run_of({"train_loss": "focal", "alpha": [2, 2], "sampling": "sqrt"}, undone(-0.5)),
+        "corrected_twice", "(tau -0.5)", "--train_loss ce",
+    ),
+    "not corrected, certain": (
+        run_of(results={"posthoc": {"tau": 0.5}}),
+        run_of(results={"posthoc": {"tau": 2.0}, "test": {**run_of().results["test"], "per_class": CLOSE}}),
+        "not_corrected", "tau is 0.5, and the recall of <1> is 0.25, that of 0 0.80", "--use_augmentation",
+    ),
+    "not corrected, class without test images": (
+        run_of(results={"posthoc": {"tau": 0.5}}),
+        run_of(results={"posthoc": {"tau": 2.0}, "test": {**run_of().results["test"], "per_class": ABSENT}}),
+        "not_corrected", "tau is 0.5", "--use_augmentation",
     ),
     "not corrected by a head": (
         run_of(results={"posthoc": {"tau": 0.5}}),
@@ -131,7 +168,7 @@ CASES = {
     "not corrected": (
         run_of(results={"posthoc": {"tau": 0.5}}),
         run_of({"sampling": "balanced"}, {"posthoc": {"tau": 0.5}}),
-        "not_corrected", "tau is 0.5, and the recall of <1> is 0.25", "--use_augmentation",
+        "not_corrected", "tau is 0.5, and the recall of <1> is 0.25, that of 0 0.80", "--use_augmentation",
     ),
     "overfits": (
         run_of(history=epochs(train_acc=[0.5, 0.76], val_loss=[1.0, 1.1])),
@@ -153,6 +190,11 @@ CASES = {
         run_of({"sampling": "sqrt"}, history=epochs(train_acc=[0.9] * 2, val_acc=[0.8] * 2, val_loss=[1, 2])),
         "overfits", "0.90 in training, 0.60 in validation", "--augment_all",
     ),
+    "overfits, not a number": (
+        run_of(history=epochs(train_acc=[0.9] * 2, val_loss=[1, 2])),
+        run_of(history=epochs(train_acc=[0.9] * 2, val_loss=[1, float("nan")])),
+        "overfits", "risen from 1.000 to 2.000", "--augment_all",
+    ),
     "overfits, stages": (
         run_of(DEFERRED, history=epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 3])),
         run_of(DEFERRED, history=epochs(train_acc=[0.9] * 4, val_loss=[1, 1, 2, 2])),
@@ -166,7 +208,7 @@ CASES = {
     "not finished": (
         run_of(results={"best_epoch": 3}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.53])),
         run_of(results={"best_epoch": 3}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.52, 0.53])),
-        "not_finished", "has risen from 0.500 to 0.530", "--resume 'runs/my run/last_model.pth' --epochs 200",
+        "not_finished", "has risen from 0.500 to 0.530", "--resume 'runs/my run/best_model.pth' --epochs 200",
     ),
     "not finished, a quarter": (
         run_of(results={"best_epoch": 4}, history=epochs(val_balanced_acc=[0.3, 0.4, 0.5, 0.51, 0.53])),
@@ -193,6 +235,16 @@ CASES = {
         run_of({"folds": 5}, of_class(1)),
         "small_test_class", "only 1 test image of 0", "--folds 5",
     ),
+    "small, subjects": (
+        run_of({"group_regex": "."}, of_class(8, train=90, subjects=3)),
+        run_of({"group_regex": "."}, of_class(8, train=90, subjects=2)),
+        "small_test_class", "only 8 test images of 0", "--folds 5",
+    ),
+    "small, subjects of an older run": (
+        run_of({}, of_class(8, train=90)),
+        run_of({}, of_class(8, train=90) | {"subject_column": "id"}),
+        "small_test_class", "only 8 test images of 0", "--folds 5",
+    ),
     "small, too small": (
         run_of({"split": [0.5, 0.3, 0.2]}, of_class(1, train=3)),
         run_of({"split": [0.5, 0.3, 0.2]}, of_class(1, train=2)),
@@ -214,19 +266,20 @@ def test_every_rule_has_a_case():
 
 
 def test_the_three_most_important_are_kept_and_their_commands_parse(tmp_path, monkeypatch, capsys):
-    run = run_of(BOTH, {"test": NOTHING, "posthoc": {"tau": -1.0}})
+    run = run_of(BOTH, {"test": NOTHING} | undone(-1.0))
     history = epochs(train_acc=[1.0] * 3, val_loss=[1, 2, 3.0])
     folder = tmp_path / "my run"
     folder.mkdir()
     (tmp_path / "data").mkdir()
     few = {name: {**row, "support": 3} for name, row in RECALLS.items()}
     results = run.results | {"test": {**NOTHING, "per_class": few}}
+    results["posthoc"]["test"]["balanced_acc_ci"] = NOTHING["balanced_acc_ci"]  # not "corrected twice" either
     results["val"] = {**run.results["val"], "per_class": {name: {"support": 90, "recall": 1.0} for name in RECALLS}}
     write_json(folder / "args.json", vars(run.args) | {"data_dirs": [str(tmp_path / "data")], "run_dir": str(folder)})
     write_json(folder / "results.json", results)
     write_history(folder / "history.csv", history)
     found = find_advice(folder)
-    assert [piece.text.split()[0] for piece in found] == ["no", "validation", "corrected"]
+    assert [piece.text.split()[0] for piece in found] == ["no", "validation", "overfits:"]
     print_advice(folder)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[0].startswith("advice 1: no better than a constant answer")

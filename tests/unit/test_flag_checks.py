@@ -253,11 +253,48 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
         parse_flags(["--recipe", "strong", "--sampling", "sqrt", "--use_augmentation", "--data_dirs", data])
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    {
+        "--sampling instance": ("logit_adjustment", 1.0, "instance", False),
+        "--sampling instance --tau 0.7": ("logit_adjustment", 0.7, "instance", False),
+        "--sampling balanced": ("ce", 1.0, "balanced", False),
+        "--train_loss cb --beta 0": ("cb", 1.0, "balanced", False),
+        "--train_loss focal --alpha 0.1 2": ("focal", 1.0, "instance", False),
+        "--train_loss ce --crt_epochs 5": ("ce", 1.0, "instance", False),  # a new head corrects
+        "--train_loss ce --sampling instance": ("ce", 1.0, "instance", False),  # asked for
+    }.items(),
+)
+def test_a_half_that_is_replaced_leaves_a_whole_correction(flags, expected, data):
+    args = parse_flags(["--recipe", "strong", *flags.split(), "--data_dirs", data])
+    assert (args.train_loss, args.tau, args.sampling, args.use_augmentation) == expected
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flags", "expected"),
+    [
+        ("--recipe two_level", "--recipe strong --train_loss weighted_ce", ("weighted_ce", "instance", False)),
+        ("--recipe strong", "--recipe strong --train_loss cb", ("cb", "instance", False)),
+        ("--recipe two_level", "--recipe strong --sampling balanced", ("ce", "balanced", False)),
+        ("--recipe strong", "--recipe strong --use_augmentation", ("ce", "instance", True)),
+        ("--train_loss cb --beta 0", "--recipe strong --train_loss cb", ("cb", "balanced", False)),
+        ("--recipe strong --no-pretrained", "--recipe strong --pretrained", ("logit_adjustment", "sqrt", False)),
+        ("--recipe strong --no-pretrained", "--recipe two_level --pretrained", ("cb", "instance", True)),
+    ],
+)
+def test_a_recipe_takes_the_place_of_the_correction_in_the_config(in_file, flags, expected, data, write_config):
+    trained = vars(parse_flags(["--data_dirs", data, *in_file.split()]))
+    args = parse_flags([*write_config(json.dumps(trained), "args.json"), *flags.split()])
+    assert (args.train_loss, args.sampling, args.use_augmentation) == expected
+    assert (args.zero_init, args.learning_rate) == (False, 1e-4)
+
+
 def test_a_recipe_wins_over_the_defaults_of_the_demo():
     assert parse_flags(["--recipe", "two_level", "--demo"]).epochs == 8
     args = parse_flags(["--recipe", "strong", "--demo"])
     assert args.zero_init and (args.sampling, args.use_augmentation, args.epochs) == ("sqrt", False, 8)
     assert not parse_flags(["--demo", "--sampling", "sqrt"]).use_augmentation
+    assert not parse_flags(["--recipe", "strong", "--demo", "--train_loss", "cb"]).use_augmentation  # corrected once
 
 
 def test_weights_that_are_given_are_not_zeroed(data):

@@ -80,6 +80,7 @@ def test_per_class_metrics_and_confusion_matrix(answers):
         assert row["support"] == (targets == c).sum() == matrix[c].sum()
         assert row["recall"] == pytest.approx(matrix[c, c] / matrix[c].sum())
         assert row["precision"] == pytest.approx(matrix[c, c] / matrix[:, c].sum())
+        assert "subjects" not in row
 
 
 def test_recall_is_of_the_classes_that_occur():
@@ -151,6 +152,8 @@ def test_subjects_are_drawn_with_all_their_images(graded):
     once = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9])
     targets, probabilities, subjects = (np.repeat(array, 4, axis=0) for array in (*graded, np.arange(300)))
     by_subject = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9], subjects=subjects)
+    for row in by_subject["per_class"].values():
+        assert row["support"] == 4 * row["subjects"] > 0
     by_image = full_metrics(targets, probabilities, "abcd", [9, 9, 9, 9])
     for name in ("acc", "balanced_acc", "nll"):
         width, subject_width, image_width = (np.ptp(metrics[f"{name}_ci"]) for metrics in (once, by_subject, by_image))

@@ -53,7 +53,7 @@ def test_one_line_says_in_words_what_is_done_about_imbalance(tmp_path, capsys):
     (plain,) = printed_stages(capsys, tmp_path, "--train_loss", "ce")
     assert plain == "imbalance: cross entropy, equal class weights; not oversampled; originals not augmented"
     recipe, both = printed_stages(capsys, tmp_path, "--recipe", "two_level")
-    assert recipe == "recipe two_level: --train_loss=cb --use_augmentation=True"
+    assert recipe == "recipe two_level: --train_loss=cb --use_augmentation=True --sampling=instance"
     assert both == (
         "imbalance: Class-Balanced Focal loss, class weights from 0.430 to 1.712; "
         "oversampled from 21 to 36 images per epoch by augmented copies; originals not augmented"

@@ -34,6 +34,28 @@ def test_a_config_cannot_set_what_the_methods_vary(tmp_path):
     assert (plain.train_loss, weighted.train_loss) == ("ce", "cb")
 
 
+@pytest.mark.parametrize("recipe", ["strong", "two_level"])
+def test_methods_without_a_correction_get_none_of_a_recipe(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"^--recipe: sets flags in which the methods differ"):
+        check_flags(["--data_dirs", str(ROOT), "--recipe", recipe], GRID, epochs=30)
+    trained = parse_flags(["--data_dirs", str(ROOT), "--recipe", recipe])
+    (tmp_path / "args.json").write_text(json.dumps(vars(trained)))
+    common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(GRID)))
+    plain = parse_flags([*common, *with_epochs(GRID["cross entropy"], 30)])
+    assert (plain.train_loss, plain.sampling, plain.use_augmentation) == ("ce", "instance", False)
+
+
+def test_recipes_can_be_compared_with_the_other_flags_of_a_config(tmp_path):
+    grid = {"strong": "--recipe strong", "two level": "--recipe two_level"}
+    trained = parse_flags(["--data_dirs", str(ROOT), "--seed", "7", "--dropout_prob", "0.1"])
+    (tmp_path / "args.json").write_text(json.dumps(vars(trained)))
+    common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(grid)))
+    strong, two_level = (parse_flags([*common, *with_epochs(flags, 30)]) for flags in grid.values())
+    assert (strong.train_loss, strong.sampling, strong.mixup) == ("logit_adjustment", "sqrt", 0.2)
+    assert (two_level.train_loss, two_level.use_augmentation, two_level.mixup) == ("cb", True, 0.0)
+    assert strong.dropout_prob == two_level.dropout_prob == 0.1
+
+
 def test_the_default_methods_differ_in_what_they_claim():
     flags = {
         name: parse_flags([*common_flags(["--data_dirs", str(ROOT)]), *with_epochs(GRID[name], 30)]) for name in GRID

@@ -60,6 +60,7 @@ def test_a_study_continues_with_the_settings_that_it_was_started_with(tmp_path):
         ("--data_dirs", "a", "--gamma", "4"): r"\(--gamma: 3\.0, now 4\.0\)",
         ("--data_dirs", "a", "--gamma", "3", "--beta", "0.9"): r"\(--beta: 0\.999, now 0\.9\)",
         ("--data_dirs", "b", "--gamma", "3"): r"\(--data_dirs",
+        ("--data_dirs", "a", "--gamma", "3", "--recipe", "strong"): r"\(--recipe: None, now strong\)",
     }.items():
         with pytest.raises(UserError, match=f"^--search_dir: the study found was started with other settings {words}"):
             open_search(tmp_path, *flags)
