@@ -72,7 +72,8 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
     """-> a command line with the flags of the file of `--config` in front of its own, which win, as do those of its
     own `--recipe`.
 
-    ignored: flags that are passed over in the file, besides NOT_INHERITED. Raises UserError, naming the file.
+    ignored: flags that are passed over in the file, besides NOT_INHERITED; with a recipe, also its correction of
+    imbalance. Raises UserError, naming the file.
     """
     finder = Parser("main.py", None, add_help=False)
     finder.add_argument("--config")
@@ -84,6 +85,8 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
     content, parser, config_words = read_yaml(found.config, "--config"), build_parser(), {}
     if not isinstance(content, Mapping):
         raise UserError(f"--config: {found.config}: expected a mapping of flags to values")
+    if "recipe" in ignored and content.get("recipe"):
+        ignored = {*ignored, *CORRECTION, "tau"}
     for name, value in content.items():
         try:
             flag_words = _words_of(parser, str(name), value)

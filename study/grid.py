@@ -56,8 +56,6 @@ def varied_flags(grid: Mapping[str, str]) -> set[str]:
     names = set(map(flag_of, words))
     if "recipe" in names:
         names = names.union(CORRECTION, *RECIPES.values(), *FROM_SCRATCH.values())
-    elif names & set(CORRECTION):  # a method that names only the loss has no sampling
-        names = names.union(CORRECTION)
     return {"augment_all", "recipe", *NOT_PASSED_ON, *names}
 
 

@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT
 
 from flag_checks import parse_flags, with_config
+from flags import RECIPES
 from run.cli import UserError
 from study.grid import GRID, check_flags, common_flags, read_grid, varied_flags, with_epochs
 
@@ -42,7 +43,15 @@ def test_methods_without_a_correction_get_none_of_a_recipe(recipe, tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(vars(trained)))
     common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(GRID)))
     plain = parse_flags([*common, *with_epochs(GRID["cross entropy"], 30)])
-    assert (plain.train_loss, plain.sampling, plain.use_augmentation) == ("ce", "instance", False)
+    assert (plain.train_loss, plain.sampling, plain.use_augmentation, plain.tau) == ("ce", "instance", False, 1.0)
+    assert plain.mixup == RECIPES[recipe].get("mixup", 0.0)
+
+
+def test_a_sampling_that_a_config_chooses_is_that_of_all_methods(tmp_path):
+    (tmp_path / "base.yaml").write_text(f"data_dirs: [{ROOT}]\nsampling: sqrt\n")
+    grid = {"CB": "--train_loss cb", "CE": "--train_loss ce"}
+    common = common_flags(with_config(["--config", str(tmp_path / "base.yaml")], varied_flags(grid)))
+    assert {parse_flags([*common, *with_epochs(flags, 30)]).sampling for flags in grid.values()} == {"sqrt"}
 
 
 def test_recipes_can_be_compared_with_the_other_flags_of_a_config(tmp_path):
