@@ -98,7 +98,8 @@ def test_epochs_that_the_disk_refused_are_logged_once_although_they_are_trained_
     assert process.returncode == 2 and "epoch   7" in out and "error: " in err
     num_saved = load_checkpoint(last)["epoch"] + 1
     (run,) = server.runs.values()
-    assert run.epochs == list(range(num_saved)) and num_saved < 8
+    logged = run.epochs.copy()  # one fewer if the disk took the last model of an epoch but not the best one
+    assert logged == list(range(len(logged))) and len(logged) in (num_saved - 1, num_saved) and num_saved < 8
     assert run_thin_main("--resume", last, **env).returncode == 0
     assert run.epochs == list(range(8))
 
