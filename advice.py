@@ -98,13 +98,16 @@ def corrected_twice(run: Run) -> Advice | None:
     no lower balanced accuracy. A new head has had no loss that corrects, and a constant answer nothing to undo."""
     if run.args.crt_epochs or not corrects_twice(run.args) or learned_nothing(run):
         return None
-    for name, how in (("posthoc_exact", "the shift of both undone"), ("posthoc", "part of it undone")):
-        undone, test = run.results.get(name), run.results["test"]
-        tau = undone.get("tau") if undone else 0.0
-        if (tau is None or tau <= NEGATIVE_TAU) and _costs_macro_f1(test, undone["test"]):
-            how += "" if tau is None else f" (tau {tau:g})"
+    tests, exact, fitted = {}, run.results.get("posthoc_exact"), run.results.get("posthoc")
+    if exact:
+        tests["the shift of both undone"] = exact["test"]
+    if fitted and fitted["tau"] <= NEGATIVE_TAU:
+        tests[f"part of it undone (tau {fitted['tau']:g})"] = fitted["test"]
+    test = run.results["test"]
+    for how, undone in tests.items():
+        if _costs_macro_f1(test, undone):
             f1, balanced = (
-                f"{undone['test'][metric]:.3f} instead of {test[metric]:.3f}" for metric in ("macro_f1", "balanced_acc")
+                f"{undone[metric]:.3f} instead of {test[metric]:.3f}" for metric in ("macro_f1", "balanced_acc")
             )
             return Advice(
                 f"corrected twice: --train_loss {run.args.train_loss} and the sampling both favor the small classes; "

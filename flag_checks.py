@@ -8,7 +8,17 @@ from typing import Any
 
 from data_flags import COLUMN_FLAGS, FOLDER_FLAGS, PATH_FLAGS
 from flag_queries import corrects_by_loss, corrects_by_sampling, flag_of, scaled_learning_rate
-from flags import CORRECTION, DEMO_DEFAULTS, FROM_SCRATCH, NOT_INHERITED, RECIPES, SPLITS, WEIGHTED_LOSSES, build_parser
+from flags import (
+    CORRECTION,
+    DEMO_DEFAULTS,
+    FROM_SCRATCH,
+    NOT_INHERITED,
+    RECIPES,
+    SPLITS,
+    WEIGHTED_LOSSES,
+    WHOLE_CORRECTION,
+    build_parser,
+)  # fmt: skip
 from images.layout import take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_file, check_is_folder, prefixed
@@ -86,7 +96,7 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
     if not isinstance(content, Mapping):
         raise UserError(f"--config: {found.config}: expected a mapping of flags to values")
     if "recipe" in ignored and content.get("recipe"):
-        ignored = {*ignored, *CORRECTION, "tau"}
+        ignored = {*ignored, *WHOLE_CORRECTION}
     for name, value in content.items():
         try:
             flag_words = _words_of(parser, str(name), value)
@@ -107,7 +117,7 @@ def _replaced(config_words, words):
     recipe = recipe_flags(explicit_flags([*start, *words]), [*start, *words])
     in_file = explicit_flags(_joined(config_words, ()))
     previous = RECIPES.get(in_file.get("recipe"), {}) | FROM_SCRATCH.get(in_file.get("recipe"), {})
-    replaced = {*recipe, *CORRECTION, "tau", *(name for name in previous if in_file.get(name) == previous[name])}
+    replaced = {*recipe, *WHOLE_CORRECTION, *(name for name in previous if in_file.get(name) == previous[name])}
     broken = _names_of_broken_rules(recipe, [*_joined(config_words, replaced), *words])
     return replaced | {name for names in broken if recipe.keys() & set(names) for name in names}
 
@@ -162,7 +172,7 @@ def _with_whole_correction(recipe, explicit, argv):
     usual = {"use_augmentation": False, **recipe}
     if all(explicit.get(name, usual[name]) == usual[name] for name in CORRECTION):
         return recipe
-    recipe = {name: value for name, value in recipe.items() if name not in (*CORRECTION, "tau")}
+    recipe = {name: value for name, value in recipe.items() if name not in WHOLE_CORRECTION}
     given = _with_defaults(recipe | {"train_loss": "ce"}, argv)
     if corrects_by_loss(given) or corrects_by_sampling(given) or given.crt_epochs:
         return recipe | {"train_loss": "ce"}

@@ -54,6 +54,7 @@ RECIPES = {
 }  # fmt: skip
 # the correction of imbalance in `strong`; if one of these is given another value, it takes the place of all
 CORRECTION = ("train_loss", "sampling", "use_augmentation")
+WHOLE_CORRECTION = (*CORRECTION, "tau")  # with its strength, which can be given another value alone
 # further flags of a recipe for a training that starts from random weights
 FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True}}
 # flags that do not change what a run learns; nor do those of W&B

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from images.folders import ImageIndex, file_stat
-from run.cli import UserError, first_line
+from run.cli import UserError, attempt
 from run.cores import num_cores
 from run.files import write_json
 
@@ -149,11 +149,8 @@ def warn_of_near_duplicates(splits: dict[str, ImageIndex], run_dir: Path | None 
     [[[split, path], [split, path]], ...], the first MAX_STORED of them}; with a table also "other_class": as "pairs",
     of those in one split.
     """
-    try:
-        _list_near_duplicates(splits, run_dir)
-    except Exception as error:
-        reason = first_line(error) or type(error).__name__
-        print(f"warning: the search for near-duplicate photographs failed, none are listed ({reason})")
+    failure = "the search for near-duplicate photographs failed, none are listed"
+    attempt(lambda: _list_near_duplicates(splits, run_dir), failure)
 
 
 def _list_near_duplicates(splits, run_dir):
