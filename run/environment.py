@@ -25,7 +25,7 @@ def write_environment(run_dir: str | Path, device: torch.device, hours_trained: 
         "command": shlex.join(sys.orig_argv),
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "system": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -35,6 +35,14 @@ def write_environment(run_dir: str | Path, device: torch.device, hours_trained: 
     }
     with suppress(OSError):  # it is only informative
         write_json(Path(run_dir, ENVIRONMENT_FILE), environment)
+
+
+def version_of(package: str) -> str | None:
+    """-> its version; None if it is not installed, as wandb need not be."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

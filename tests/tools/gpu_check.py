@@ -67,7 +67,7 @@ PHASES = (
     {"correct": 90, "resume": 100, "ranks": 100, "compile": 110},
     {"auto": 30},
     {"save": 20},
-    {"bench": 70},
+    {"bench": 100},
     {"speed": 50},
     {"compiled": 60},  # what compile has compiled is in torch's cache of compiled code
     {"input": 40},
@@ -95,6 +95,7 @@ class Log:
 
     def __call__(self, name, ok=None, **values):
         """ok: whether a check passed; None for a measurement."""
+        ok = None if ok is None else bool(ok)  # a bool of numpy would be neither True nor False
         row = {"part": self.part, "name": name, "ok": ok, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(row, default=str) + "\n")
@@ -808,7 +809,7 @@ def part_auto(log, device, tiny):
     limit, criterion = 16 if tiny else 1024, build_loss("cb", SAMPLES_PER_CLS)
     flags = ["--data_dirs", ".", "--no-pretrained", "--batch_size", "auto", "--image_size", 32 if tiny else 224]
     args = parse_flags(list(map(str, flags)))
-    torch.empty(1, device=device)
+    batch_search.largest_batch(args, device, criterion, NUM_CLASSES, batch_search.SMALLEST)  # leaves cuBLAS's workspace
     state = random_state(device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     started = time.perf_counter()
@@ -883,10 +884,12 @@ def part_bench(log, device, tiny):
         if torch.cuda.device_count() > 1:
             flags += ["--scaling", 1, torch.cuda.device_count()]
         command = [sys.executable, program, *flags]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        log("bench.py", done.returncode == 0, status=done.returncode, stderr=done.stderr[-300:])
-        for line in done.stdout.splitlines():
-            log("bench.py", line=line)
+        with open(Path(folder, "errors"), "w+") as errors:
+            process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
+            for line in process.stdout:  # at once: the part may be killed at its limit
+                log("bench.py", line=line.rstrip())
+            errors.seek(0)
+            log("bench.py", process.wait() == 0, status=process.returncode, stderr=errors.read()[-300:])
         results = json.loads(output.read_text())
     for size, rates in results["step"]["batches"].items():
         if rates:

@@ -3,10 +3,11 @@
 import json
 import sys
 
+import numpy as np
 import torch
 
 import run.environment
-from run.environment import commit, write_environment
+from run.environment import commit, version_of, write_environment
 
 
 def test_the_environment_names_command_versions_and_machine(tmp_path):
@@ -26,3 +27,7 @@ def test_a_copy_without_git_has_no_commit(tmp_path, monkeypatch):
 
 def test_a_disk_that_refuses_is_no_error(tmp_path):
     write_environment(tmp_path / "gone", torch.device("cpu"), 0)
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert version_of("numpy") == np.__version__ and version_of("not-installed") is None
