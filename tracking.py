@@ -67,6 +67,8 @@ class WandbRun:
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep the agent sets both
             arguments |= {"project": args.wandb_project, "id": self.id}
+        # of the client in a program that started this one, a notebook for example: only that program can end it
+        os.environ.pop("WANDB_SERVICE", None)
         try:
             _provide_folders(folder)
             import wandb  # here: a run without W&B does not need it
@@ -107,7 +109,7 @@ class WandbRun:
             except UserError:
                 raise
             except Exception as error:  # of the client, of its process, of its server
-                self._wandb.teardown()  # otherwise the id of the run that did not start counts as taken
+                self._tear_down()  # otherwise the id of the run that did not start counts as taken
                 if DELETED in str(error):
                     run = self._start_under_new_id(args, arguments)
                 why_offline = f" ({first_line(error) or type(error).__name__})"
@@ -273,14 +275,18 @@ class WandbRun:
             call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)
         except Exception:  # no answer in time, or the process of the client is gone
             is_complete = False
-            with suppress(Exception):  # otherwise the client would complain again when Python ends
-                call_in_thread(self._wandb.teardown, give_up)
+            self._tear_down(give_up)  # otherwise the client would complain again when Python ends
         except Stopped as stop:
             print(f"W&B: not everything was uploaded; to upload the rest: {_sync_command(folder)}")
             raise stop from None
         if offline or not is_complete:
             what = "to upload this run" if offline else "not everything was uploaded; to upload the rest"
             print(f"W&B: {what}: {_sync_command(folder)}")
+
+    def _tear_down(self, give_up=lambda: None):
+        """End the process of the client. give_up: called while it ends; what it raises ends the wait."""
+        with suppress(Exception, SystemExit):  # the client exits with the status of its process
+            call_in_thread(self._wandb.teardown, give_up)
 
     def _is_active(self):
         return self._run and not self._has_failed

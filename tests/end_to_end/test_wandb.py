@@ -251,7 +251,9 @@ def test_without_an_account_the_run_is_offline_and_resumes_under_its_id(tmp_path
     (record,) = offline_records(run_dir)
     first, last = [line for line in done.stdout.splitlines() if line.startswith("W&B")]
     assert "no API key" in first and f"wandb sync {record.parent}" in last
-    again = run_thin_main("--resume", run_dir / "last_model.pth", "--epochs", 2, cwd=tmp_path, **NO_ACCOUNT)
+    # as in a notebook whose own client has ended
+    env = {"cwd": tmp_path, "WANDB_SERVICE": f"3-1-unix-{tmp_path}/socket", **NO_ACCOUNT}
+    again = run_thin_main("--resume", run_dir / "last_model.pth", "--epochs", 2, **env)
     assert again.returncode == 0, again.stderr
     assert {path.name for path in offline_records(run_dir)} == {record.name}
     assert len(offline_records(run_dir)) == 2
