@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flag_queries import corrects_by_loss, corrects_by_sampling, corrects_twice
-from flags import build_parser
+from flag_queries import corrects_by_loss, corrects_by_sampling, corrects_twice, scaled_learning_rate
+from flags import FROM_SCRATCH, build_parser
 from metrics import wilson_interval
 from run.cli import attempt
 from run.files import printable, read_json, read_rows
@@ -21,7 +21,8 @@ MAX_ADVICE = 3
 NEGATIVE_TAU, POSITIVE_TAU = -0.25, 0.5
 SMALL_TEST_CLASS = 10  # images
 FOLDS = 5
-USUAL_RATE = 1e-4  # of --learning_rate
+USUAL_RATES = {True: 1e-4, False: FROM_SCRATCH["strong"]["learning_rate"]}  # of weights that are given; random ones
+USUAL_FACTOR = 3  # a learning rate that is so many times higher or lower is usual too
 NEAR_CONSTANT = 1.5  # times the balanced accuracy of a constant answer
 GAP = 0.25  # of the accuracy between training and validation
 LOSS_RISE = 1.1  # of the lowest validation loss
@@ -56,10 +57,15 @@ def learned_nothing(run: Run) -> Advice | None:
     ):
         return None
     (low, high), rate = tests[0]["balanced_acc_ci"], run.args.learning_rate
-    return Advice(
+    usual_rate = scaled_learning_rate(USUAL_RATES[bool(run.args.pretrained or run.args.weights)], run.args.batch_size)
+    text = (
         f"no better than a constant answer: balanced accuracy {tests[0]['balanced_acc']:.3f} [{low:.3f}, {high:.3f}] "
-        f"in the test of {num_classes} classes; change the learning rate of {rate:g}",
-        again(run, learning_rate=f"{rate / 10 if rate > USUAL_RATE else rate * 10:g}"),
+        f"in the test of {num_classes} classes; "
+    )
+    if usual_rate / USUAL_FACTOR <= rate <= usual_rate * USUAL_FACTOR:
+        return Advice(text + "check the photographs and their classes", again(run, check_data=True))
+    return Advice(
+        text + f"the learning rate of {rate:g} is far from the usual one", again(run, learning_rate=f"{usual_rate:.3g}")
     )
 
 

@@ -67,17 +67,22 @@ CASES = {
     "nothing": (
         run_of({"learning_rate": 0.1}, results={"test": NOTHING}),
         run_of({"learning_rate": 0.1}, results={"test": {**NOTHING, "balanced_acc_ci": [0.5001, 0.6]}}),
-        "learned_nothing", "balanced accuracy 0.520 [0.500, 0.600] in the test of 2 classes", "--learning_rate 0.01",
+        "learned_nothing", "balanced accuracy 0.520 [0.500, 0.600] in the test of 2 classes", "--learning_rate 0.0001",
     ),
     "nothing, low rate": (
         run_of({"learning_rate": 1e-8}, results={"test": NOTHING}),
         run_of({"learning_rate": 1e-8}, results={"test": {**NOTHING, "balanced_acc_ci": [0.3, 0.76]}}),
-        "learned_nothing", "learning rate of 1e-08", "--learning_rate 1e-07",
+        "learned_nothing", "learning rate of 1e-08", "--learning_rate 0.0001",
+    ),
+    "nothing, random weights, large batches": (
+        run_of({"learning_rate": 5e-4, "pretrained": False, "batch_size": 512}, results={"test": NOTHING}),
+        run_of({"learning_rate": 5e-4, "pretrained": False, "batch_size": 512}),
+        "learned_nothing", "learning rate of 0.0005 is far from the usual one", "--learning_rate 0.004",
     ),
     "nothing, adjusted": (
         run_of(results={"test": NOTHING}),
         run_of(results={"test": NOTHING, "posthoc": run_of().results["posthoc"]}),
-        "learned_nothing", "balanced accuracy 0.520", "--learning_rate 0.001",
+        "learned_nothing", "in the test of 2 classes; check the photographs", "--check_data",
     ),
     "splits": (
         run_of(results={"test": TEST}),
