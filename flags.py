@@ -49,7 +49,7 @@ RECIPES = {
     "two_level": {"train_loss": "cb", "use_augmentation": True},
     "strong": {
         "train_loss": "logit_adjustment", "tau": 0.5, "sampling": "sqrt",  # half of the correction each
-        "augment_all": True, "rotation": 180, "ema": 0.99, "mixup": 0.2, "cutmix": 1.0,
+        "augment_all": True, "rotation": 180, "ema": 0.99,
     },
 }  # fmt: skip
 # the correction of imbalance in `strong`; if one of these is given another value, it takes the place of all

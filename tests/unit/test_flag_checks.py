@@ -239,7 +239,7 @@ def test_flags_win_over_a_recipe_and_drop_those_that_they_exclude(data, tmp_path
     assert (args.ema, args.use_augmentation, args.sampling, args.augment_all) == (0.5, True, "instance", True)
     assert (args.train_loss, args.tau) == ("ce", 1.0)  # not the other half of the correction
     args = parse_flags(["--recipe", "strong", "--train_loss", "cb", "--data_dirs", data])
-    assert (args.train_loss, args.sampling, args.mixup) == ("cb", "instance", RECIPES["strong"]["mixup"])
+    assert (args.train_loss, args.sampling, args.rotation) == ("cb", "instance", RECIPES["strong"]["rotation"])
     args = parse_flags(["--recipe", "strong", "--train_loss", "ordinal", "--data_dirs", data])
     assert args.sampling == "balanced"  # that loss corrects nothing
     args = parse_flags(["--recipe", "strong", "--tau", "0.25", "--data_dirs", data])

@@ -60,8 +60,8 @@ def test_recipes_can_be_compared_with_the_other_flags_of_a_config(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(vars(trained)))
     common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(grid)))
     strong, two_level = (parse_flags([*common, *with_epochs(flags, 30)]) for flags in grid.values())
-    assert (strong.train_loss, strong.sampling, strong.mixup) == ("logit_adjustment", "sqrt", 0.2)
-    assert (two_level.train_loss, two_level.use_augmentation, two_level.mixup) == ("cb", True, 0.0)
+    assert (strong.train_loss, strong.sampling, strong.rotation) == ("logit_adjustment", "sqrt", 180)
+    assert (two_level.train_loss, two_level.use_augmentation, two_level.rotation) == ("cb", True, 15)
     assert strong.dropout_prob == two_level.dropout_prob == 0.1
 
 
