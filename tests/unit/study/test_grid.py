@@ -44,7 +44,7 @@ def test_methods_without_a_correction_get_none_of_a_recipe(recipe, tmp_path):
     common = common_flags(with_config(["--config", str(tmp_path / "args.json")], varied_flags(GRID)))
     plain = parse_flags([*common, *with_epochs(GRID["cross entropy"], 30)])
     assert (plain.train_loss, plain.sampling, plain.use_augmentation, plain.tau) == ("ce", "instance", False, 1.0)
-    assert plain.mixup == RECIPES[recipe].get("mixup", 0.0)
+    assert plain.ema == RECIPES[recipe].get("ema", 0)
 
 
 def test_a_sampling_that_a_config_chooses_is_that_of_all_methods(tmp_path):
