@@ -51,21 +51,23 @@ def learned_nothing(run: Run) -> Advice | None:
     post-hoc adjustment."""
     num_classes = sum(metrics["support"] > 0 for metrics in run.results["test"]["per_class"].values())
     tests = [results["test"] for results in (run.results, run.results.get("posthoc")) if results]
-    highest = NEAR_CONSTANT / num_classes  # with a wide interval, the model can be anything
+    limit = NEAR_CONSTANT / num_classes  # with a wide interval, the model can be anything
     if num_classes < 2 or not all(
-        low <= 1 / num_classes + 1e-9 and high <= highest for low, high in (test["balanced_acc_ci"] for test in tests)
+        low <= 1 / num_classes + 1e-9 and high <= limit for low, high in (test["balanced_acc_ci"] for test in tests)
     ):
         return None
     (low, high), rate = tests[0]["balanced_acc_ci"], run.args.learning_rate
-    usual_rate = scaled_learning_rate(USUAL_RATES[bool(run.args.pretrained or run.args.weights)], run.args.batch_size)
+    default = USUAL_RATES[bool(run.args.pretrained or run.args.weights)]
+    usual, highest = (scaled_learning_rate(default, run.args.batch_size * n) for n in (1, run.args.grad_accum))
     text = (
         f"no better than a constant answer: balanced accuracy {tests[0]['balanced_acc']:.3f} [{low:.3f}, {high:.3f}] "
         f"in the test of {num_classes} classes; "
     )
-    if usual_rate / USUAL_FACTOR <= rate <= usual_rate * USUAL_FACTOR:
+    # nor is it the learning rate if the training images were learned
+    if min(default, usual) / USUAL_FACTOR <= rate <= max(default, highest) * USUAL_FACTOR or overfits(run):
         return Advice(text + "check the photographs and their classes", again(run, check_data=True))
     return Advice(
-        text + f"the learning rate of {rate:g} is far from the usual one", again(run, learning_rate=f"{usual_rate:.3g}")
+        text + f"the learning rate of {rate:g} is far from the usual one", again(run, learning_rate=f"{usual:.3g}")
     )
 
 

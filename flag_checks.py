@@ -338,8 +338,9 @@ RULES = (
     ),
     (
         ("folds",),
-        lambda a: trains_all_folds(a) and (a.wandb_id or "WANDB_SWEEP_ID" in os.environ),
-        "--folds: each fold is a W&B run of its own; omit --wandb_id, and in a sweep choose one with --fold",
+        lambda a: trains_all_folds(a) and (a.wandb_id or {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} & os.environ.keys()),
+        "--folds: each fold is a W&B run of its own; omit --wandb_id and the environment variable WANDB_RUN_ID, and in "
+        "a sweep choose one with --fold",
     ),
     (
         ("zero_init", "pretrained", "weights"),

@@ -270,12 +270,13 @@ class WandbRun:
             if stopped and time.monotonic() - started > STOP_TIMEOUT_S:
                 raise stopped
 
-        try:  # in a thread: the client itself does not end its wait at a signal
-            exit_code = stopped.status if stopped else exit_code
-            call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)
-        except Exception:  # no answer in time, or the process of the client is gone
-            is_complete = False
-            self._tear_down(give_up)  # otherwise the client would complain again when Python ends
+        exit_code = stopped.status if stopped else exit_code
+        try:
+            try:  # in a thread: the client itself does not end its wait at a signal
+                call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)
+            except Exception:  # no answer in time, or the process of the client is gone
+                is_complete = False
+                self._tear_down(give_up)  # otherwise the client would complain again when Python ends
         except Stopped as stop:
             print(f"W&B: not everything was uploaded; to upload the rest: {_sync_command(folder)}")
             raise stop from None

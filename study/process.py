@@ -230,8 +230,10 @@ def _device_flags(flags, slot):
 
 
 def _environment(jobs):
-    """Without W&B unless it is asked for. Processes share the cores: with all threads each, they would be slower."""
+    """Without W&B unless it is asked for, then with a run for each process. Processes share the cores: with all threads
+    each, they would be slower."""
     environment = {"WANDB_MODE": "disabled", **os.environ}
+    environment.pop("WANDB_RUN_ID", None)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // jobs)))
     return environment

@@ -888,8 +888,9 @@ def part_bench(log, device, tiny):
             process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
             for line in process.stdout:  # at once: the part may be killed at its limit
                 log("bench.py", line=line.rstrip())
+            status = process.wait()
             errors.seek(0)
-            log("bench.py", process.wait() == 0, status=process.returncode, stderr=errors.read()[-300:])
+            log("bench.py", status == 0, status=status, stderr=errors.read()[-300:])
         results = json.loads(output.read_text())
     for size, rates in results["step"]["batches"].items():
         if rates:

@@ -74,10 +74,25 @@ CASES = {
         run_of({"learning_rate": 1e-8}, results={"test": {**NOTHING, "balanced_acc_ci": [0.3, 0.76]}}),
         "learned_nothing", "learning rate of 1e-08", "--learning_rate 0.0001",
     ),
+    "nothing, usual rate": (
+        run_of({"learning_rate": 2.99e-4, "pretrained": False, "weights": "x.pth"}, results={"test": NOTHING}),
+        run_of({"learning_rate": 2.99e-4}),
+        "learned_nothing", "check the photographs", "--check_data",
+    ),
+    "nothing, unusual rate": (
+        run_of({"learning_rate": 3.01e-4}, results={"test": NOTHING}),
+        run_of({"learning_rate": 3.01e-4}),
+        "learned_nothing", "learning rate of 0.000301 is far from the usual one", "--learning_rate 0.0001",
+    ),
+    "nothing, many batches per step": (
+        run_of({"learning_rate": 1.1e-3, "grad_accum": 16}, results={"test": NOTHING}),
+        run_of({"learning_rate": 1.1e-3, "grad_accum": 16}),
+        "learned_nothing", "check the photographs", "--check_data",
+    ),
     "nothing, random weights, large batches": (
-        run_of({"learning_rate": 5e-4, "pretrained": False, "batch_size": 512}, results={"test": NOTHING}),
-        run_of({"learning_rate": 5e-4, "pretrained": False, "batch_size": 512}),
-        "learned_nothing", "learning rate of 0.0005 is far from the usual one", "--learning_rate 0.004",
+        run_of({"learning_rate": 2e-4, "pretrained": False, "batch_size": 512}, results={"test": NOTHING}),
+        run_of({"learning_rate": 2e-4, "pretrained": False, "batch_size": 512}),
+        "learned_nothing", "learning rate of 0.0002 is far from the usual one", "--learning_rate 0.004",
     ),
     "nothing, adjusted": (
         run_of(results={"test": NOTHING}),
@@ -266,6 +281,13 @@ def test_a_rule_speaks_from_its_limit_on(name):
     assert said(is_silent) == []
 
 
+def test_a_learning_rate_that_learns_the_training_images_is_not_the_fault():
+    run = run_of({"learning_rate": 0.1}, {"test": NOTHING}, epochs(train_acc=[0.6, 0.9, 0.99], val_loss=[1, 1.5, 2]))
+    assert [(name, command.split()[-1]) for name, _, command in said(run)] == [
+        ("learned_nothing", "--check_data"), ("overfits", "--augment_all"),
+    ]  # fmt: skip
+
+
 def test_every_rule_has_a_case():
     assert {case[2] for case in CASES.values()} == {rule.__name__ for rule in RULES}
 
@@ -292,7 +314,7 @@ def test_the_three_most_important_are_kept_and_their_commands_parse(tmp_path, mo
     for piece in find_advice(folder):
         words = piece.command.replace("'", "").split("python main.py ")[1]
         words = words.replace(str(folder), "FOLDER").split()
-        parse_flags([word.replace("FOLDER", str(folder)) for word in words if word != "--check_data"])
+        parse_flags([word.replace("FOLDER", str(folder)) for word in words])
 
 
 def test_data_are_checked_by_one_process(monkeypatch):

@@ -64,9 +64,10 @@ def test_folds_in_one_wandb_run_are_rejected(data, monkeypatch):
     with pytest.raises(UserError, match="each fold is a W&B run of its own"):
         parse_flags([*folds, "--wandb_id", "2x3y4z5w"])
     parse_flags([*folds, "--wandb_id", "2x3y4z5w", "--fold", "0"])
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    with pytest.raises(UserError, match="each fold is a W&B run of its own"):
-        parse_flags(folds)
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="each fold is a W&B run of its own"):
+            patch.setenv(name, "2x3y4z5w")
+            parse_flags(folds)
 
 
 def test_flags_that_contradict_a_default_only_are_checked_with_those_of_the_checkpoint(checkpoint):

@@ -17,6 +17,18 @@ from run.progress import Progress
 from tracking import WandbRun, precision_recall_points
 
 
+def kill_wandb_process():
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def restored_environment(monkeypatch):
+    """The client leaves its process in the environment, for programs that are started later."""
+    monkeypatch.setenv("WANDB_SERVICE", "")
+
+
 def test_the_summary_always_has_the_metrics_of_the_best_epoch(tmp_path):
     args = build_parser().parse_args(["--wandb_mode", "offline"])
     progress = Progress()
@@ -39,15 +51,25 @@ def test_a_killed_wandb_process_is_reported_once_and_does_not_stop_the_training(
     args = build_parser().parse_args(["--wandb_mode", "offline"])
     progress = Progress()
     with WandbRun(args, tmp_path, None, {"0": 3, "1": 2}) as run:
-        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
+        kill_wandb_process()
         for epoch in range(3):
             row = {**dict.fromkeys(HISTORY_COLUMNS, 0.5), "epoch": epoch, "val_recall": {}}
             progress.add_epoch(row, "val_balanced_acc")
             run.log_epoch(row, progress)
             time.sleep(0.2)
     assert capsys.readouterr().out.count("warning: W&B has failed") == 1
+
+
+def test_a_run_whose_wandb_process_is_killed_at_the_start_is_offline(tmp_path, capsys, monkeypatch):
+    def start_online(run, arguments):
+        kill_wandb_process()
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(WandbRun, "_start_online", start_online)
+    args = build_parser().parse_args(["--wandb_mode", "online"])
+    with WandbRun(args, tmp_path, None, {"0": 3, "1": 2}):
+        pass
+    assert "W&B: offline (no answer)" in capsys.readouterr().out and list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_precision_at_a_recall_is_the_best_at_this_recall_or_more():

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import run.environment
-from run.environment import commit, version_of, write_environment
+from run.environment import commit, write_environment
 
 
 def test_the_environment_names_command_versions_and_machine(tmp_path):
@@ -29,5 +29,8 @@ def test_a_disk_that_refuses_is_no_error(tmp_path):
     write_environment(tmp_path / "gone", torch.device("cpu"), 0)
 
 
-def test_a_package_that_is_not_installed_has_no_version():
-    assert version_of("numpy") == np.__version__ and version_of("not-installed") is None
+def test_a_package_that_is_not_installed_has_no_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.environment, "PACKAGES", ("numpy", "not-installed"))
+    write_environment(tmp_path, torch.device("cpu"), 0)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["numpy"] == np.__version__ and environment["not-installed"] is None

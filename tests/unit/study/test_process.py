@@ -52,15 +52,18 @@ def program(tmp_path, monkeypatch):
 def test_a_run_gets_its_flags_its_folder_and_its_share_of_the_cores(program, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_RUN_ID", "2x3y4z5w")
     monkeypatch.setattr(study.process, "num_cores", lambda: 8)
-    program.write_text("import os; print(os.environ['WANDB_MODE'], os.environ.get('OMP_NUM_THREADS'))")
+    program.write_text(
+        "import os; print(os.environ['WANDB_MODE'], os.environ.get('OMP_NUM_THREADS'), 'WANDB_RUN_ID' in os.environ)"
+    )
     for jobs, threads in ((1, "None"), (2, "4"), (16, "1")):
         process = TrialProcess(["--gamma", "1 "], tmp_path / "runs" / f"run_{jobs}", jobs)
         process.wait()
         assert process.status == 0
         run_dir = tmp_path / "runs" / f"run_{jobs}"
         command = f"$ {sys.executable} {program} --gamma '1 ' --run_dir {run_dir} --auto_resume"
-        assert process.log.read_text() == f"{command}\ndisabled {threads}\n"
+        assert process.log.read_text() == f"{command}\ndisabled {threads} False\n"
 
 
 def test_processes_are_spread_over_the_gpus_unless_the_flags_name_a_device(program, tmp_path, monkeypatch):
