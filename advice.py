@@ -58,7 +58,8 @@ def learned_nothing(run: Run) -> Advice | None:
         return None
     (low, high), rate = tests[0]["balanced_acc_ci"], run.args.learning_rate
     default = USUAL_RATES[bool(run.args.pretrained or run.args.weights)]
-    usual, highest = (scaled_learning_rate(default, run.args.batch_size * n) for n in (1, run.args.grad_accum))
+    usual = scaled_learning_rate(default, run.args.batch_size)
+    highest = scaled_learning_rate(default, run.args.batch_size * run.args.grad_accum)
     text = (
         f"no better than a constant answer: balanced accuracy {tests[0]['balanced_acc']:.3f} [{low:.3f}, {high:.3f}] "
         f"in the test of {num_classes} classes; "
