@@ -32,6 +32,7 @@ SAMPLINGS = ("instance", "balanced", "sqrt", "progressive")
 AUGMENTATIONS = ("horizontal_flip", "rotation", "scale", "shear", "shift", "color_jitter")
 MAX_ROTATION = 15.0  # degrees, to either side
 AMP_MODES = ("auto", "off", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "muon")
 BEST_METRICS = ("val_balanced_acc", "val_macro_f1")
 WANDB_MODES = ("online", "offline", "disabled")
 BATCH_SIZE = 32  # the default; with `--batch_size auto`, `--learning_rate` is that of batches of this size
@@ -226,6 +227,12 @@ def _add_training_flags(group):
     )
     add("--grad_accum", type=number(int, low=1), default=1, metavar="N", help="batches per optimizer step [1]")
     add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default=OPTIMIZERS[0],
+        help="muon: for convolutions, steps of the same length in all directions [adamw]",
+    )
+    add(
         "--learning_rate",
         "--lr",
         type=number(float, above=0),
@@ -240,7 +247,7 @@ def _add_training_flags(group):
         metavar="E",
         help="epochs of linear warm-up, before the cosine decay to zero [1]",
     )
-    add("--weight_decay", type=number(float, low=0), default=0.01, metavar="W", help="weight decay of AdamW [0.01]")
+    add("--weight_decay", type=number(float, low=0), default=0.01, metavar="W", help="decoupled weight decay [0.01]")
     add(
         "--clip_grad",
         type=number(float, low=0),

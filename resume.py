@@ -39,7 +39,7 @@ from schedule import Stage, last_stage_start, steps_before
 WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags that cannot change any more: the images are split, the weights initialized, the best epoch was selected; the
 # flags of the recipe are those of the checkpoint
-FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights", "zero_init", "recipe")
+FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights", "zero_init", "optimizer", "recipe")
 # those of the labels may be of another test set
 FIXED_IN_TRAINING = ("best_metric", "group_regex", *LABEL_FLAGS)
 # flags that set the order of the images within an epoch

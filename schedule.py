@@ -12,6 +12,7 @@ import torch
 from dataset_double import ClassSampler, train_loader
 from flags import CORRECTION, FROM_SCRATCH, RECIPES
 from images.folders import ImageIndex
+from muon import Muon
 from run.cli import UserError
 from run.machine import has_fused_optimizer
 from utils import CrossEntropy, build_loss
@@ -95,14 +96,18 @@ def plan_stages(
     return stages
 
 
+def new_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer` for a model that is on its device."""
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[args.optimizer]
+    fused = has_fused_optimizer(next(model.parameters()).device)
+    return kind(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
+
+
 def build_optimizer(
     model: torch.nn.Module, args: argparse.Namespace, stages: list[Stage]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """-> AdamW, and its learning rate at each step; `--crt_epochs` have a schedule of their own."""
-    fused = has_fused_optimizer(next(model.parameters()).device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
-    )
+    """-> `new_optimizer`, and its learning rate at each step; `--crt_epochs` have a schedule of their own."""
+    optimizer = new_optimizer(model, args)
     steps = [(stage.end - stage.start) * stage.steps(args.grad_accum) for stage in stages]
     joint, separate = (steps[:-1], steps[-1:]) if args.crt_epochs else (steps, [])
     warmup_steps = min(round(args.warmup_epochs * stages[0].steps(args.grad_accum)), sum(joint) // 2)

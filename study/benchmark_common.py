@@ -15,7 +15,7 @@ from images.cache import ImageCache, read_all
 from images.demo import draw_patch
 from images.folders import ImageIndex, index_folders
 from run.cores import num_cores
-from run.machine import has_fused_optimizer
+from schedule import new_optimizer
 from utils import CBLoss
 
 IMAGE_SIZE, BATCH_SIZE = 224, 32
@@ -31,7 +31,7 @@ def training_engine(device: torch.device, batch_size: int, flags: Sequence[str] 
     torch.backends.cudnn.deterministic = True
     args = parse_flags(["--data_dirs", ".", "--no-pretrained", "--batch_size", str(batch_size), *flags])
     engine = build_engine(args, device, CBLoss(SAMPLES_PER_CLS), NUM_CLASSES)
-    engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=1e-4, fused=has_fused_optimizer(device))
+    engine.optimizer = new_optimizer(engine.model, args)
     engine.scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
     return engine
 

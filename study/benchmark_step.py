@@ -1,5 +1,6 @@
 """Training steps on images that are on the device already, and epochs from the cache: measurements of `bench.py`."""
 
+import functools
 import statistics
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset_double import eval_loader, train_loader
 from engine import RunningMetrics
 from flag_checks import parse_flags
+from flags import OPTIMIZERS
 from model import Model
 from run.cli import UserError
 from run.machine import memory_format, out_of_memory_reason, resolve_amp
@@ -49,7 +51,8 @@ def measure_step(device: torch.device, compile: bool) -> dict:
 
 
 def step_rates_or_none(device: torch.device, batch_size: int, compile: bool) -> dict[str, float] | None:
-    """Images per second of the reference and of this project, or None if the memory of the GPU is too small."""
+    """Images per second of the reference, and of this project with both optimizers, or None if the memory of the GPU is
+    too small."""
     try:
         return _step_rates(device, batch_size, compile)
     except (RuntimeError, UserError) as error:
@@ -60,26 +63,31 @@ def step_rates_or_none(device: torch.device, batch_size: int, compile: bool) -> 
 
 def _step_rates(device, batch_size, compile):
     steps = max(1, GPU_IMAGES // batch_size) if device.type == "cuda" else CPU_STEPS
-    engine = common.training_engine(device, batch_size, ["--compile"] * compile)
+    flags = ["--compile"] * compile
+    engines = [common.training_engine(device, batch_size, [*flags, "--optimizer", name]) for name in OPTIMIZERS]
     size = common.IMAGE_SIZE
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     images = images.contiguous(memory_format=memory_format(device))
     targets = torch.arange(batch_size, device=device) % common.NUM_CLASSES
 
-    def train(steps):
+    def train(engine, steps):
         engine.train_one_epoch([(images, targets)] * steps, RunningMetrics(0, device))
 
-    def ours():
-        train(1)  # not timed, as in the reference
-        return steps * batch_size / seconds_on(device, lambda: train(steps))
+    def ours(engine):
+        train(engine, 1)  # not timed, as in the reference
+        return steps * batch_size / seconds_on(device, lambda: train(engine, steps))
 
     with reference_process() as process:
 
         def reference():
             return process.submit(reference_step_rate, device, common.SAMPLES_PER_CLS, batch_size, size, steps).result()
 
-        reference(), ours()
-        return common.median_rates({"reference_images_per_second": reference, "images_per_second": ours})
+        measurements = {"reference_images_per_second": reference}
+        for name, engine in zip(("images_per_second", "muon_images_per_second"), engines, strict=True):
+            measurements[name] = functools.partial(ours, engine)
+        for measure in measurements.values():
+            measure()
+        return common.median_rates(measurements)
 
 
 def gflop_per_image() -> float:

@@ -41,7 +41,7 @@ METHODS = {
     "one_step": ["--batch_size", "36", "--epochs", "1", "--ema", "0.9"],
     "copies": ["--use_augmentation", "--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--grad_accum", "2", "--tta"],
     "stages": ["--sampling", "progressive", "--drw_epoch", "1", "--crt_epochs", "1", "--train_loss", "ldam"],
-    "long": ["--use_augmentation", "--save_every", "2", "--progressive"],
+    "long": ["--use_augmentation", "--save_every", "2", "--progressive", "--optimizer", "muon"],
     "table": ["--split", "0.5", "0.25", "0.25", "--subgroup_columns", "side", "--epochs", "1"],  # and --labels
     "own_statistics": ["--no-sync_bn", "--epochs", "1"],
 }

@@ -51,6 +51,7 @@ from images.device_batches import DeviceBatches
 from images.folders import ImageIndex, Paths
 from main import main as run_main
 from model import Model, load_checkpoint
+from muon import Muon
 from resume import snapshot
 from run import ranks
 from run.files import read_rows
@@ -123,12 +124,12 @@ def image_batch(count, side, seed=0):
     return to_tensor(pixels), torch.arange(count) % NUM_CLASSES
 
 
-def new_engine(device, amp=None, loss="cb", lr=1e-4, dropout=0.0, **options):
+def new_engine(device, amp=None, loss="cb", lr=1e-4, dropout=0.0, optimizer=torch.optim.AdamW, **options):
     """-> Engine as main.py builds it, with the same initial weights each time"""
     torch.manual_seed(0)
     model = Model(NUM_CLASSES, dropout, cosine_head=loss == "ldam")
     engine = Engine(model, build_loss(loss, SAMPLES_PER_CLS), device, amp, **{"clip_grad": 1.0, **options})
-    engine.optimizer = torch.optim.AdamW(engine.model.parameters(), lr=lr, fused=True)
+    engine.optimizer = optimizer(engine.model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     engine.scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda step: 1)
     engine.model.train()
     return engine
@@ -305,7 +306,7 @@ def check_host_syncs(log, device, side):
     configs = {
         "plain": {}, "no clipping": {"clip_grad": 0.0}, "float16": {"amp": torch.float16}, "ema": {"ema": 0.999},
         "mixup": {"mixer": Mixer(0.4, 1.0)}, "resized": {"size": 48}, "ldam": {"loss": "ldam"},
-        "ordinal": {"loss": "ordinal"},
+        "ordinal": {"loss": "ordinal"}, "muon": {"optimizer": Muon},
     }  # fmt: skip
     images, targets = (tensor.to(device) for tensor in image_batch(16, side))
     parameters = torch.tensor([IDENTITY] * 16, device=device)
@@ -342,6 +343,7 @@ def part_resume(log, device, tiny):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         runs = Runs(Path(work), device)
         everything = ["--use_augmentation", "--augment_all", "--mixup", 0.2, "--ema", 0.99, "--grad_accum", 2]
+        everything += ["--optimizer", "muon"]
         configs = {
             # on a CPU, a backward pass in float16 takes 50 times as long
             "fp16 with everything": ["--amp", "fp16" if device.type == "cuda" else "bf16", *everything],
@@ -511,6 +513,7 @@ def part_speed(log, device, tiny):
     for batch in (2,) if tiny else (32, 256):
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}", batch, bf16)
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
+        measure_step(log, device, tiny, peak, f"bf16, batch {batch}, muon", batch, bf16, optimizer=Muon)
     if device.type != "cuda" or tiny:
         return
     set_float32_precision(None)  # as in main.py --amp off

@@ -21,7 +21,7 @@ LAYERS = (
     ("dataset_double", "model", "tracking", "calibration", "averaging", "parallel", "subgroups", "advice"),
     ("flag_checks",),
     ("images",),
-    ("metrics", "utils", "resnet_custom", "plots", "charts"),
+    ("metrics", "utils", "resnet_custom", "muon", "plots", "charts"),
     ("flag_queries",),
     ("flags",),
     ("data_flags",),

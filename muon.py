@@ -1,0 +1,90 @@
+"""AdamW that takes steps of the same length in all directions for the convolutions."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration; steep at zero, so that few iterations are enough
+ITERATIONS = 5
+MOMENTUM = 0.95
+RATE_RATIO = 10  # of the learning rate of orthogonal steps to that of AdamW
+MAX_SIDE = 256  # of a kernel as a matrix: the cost grows with the square; larger ones take the steps of AdamW
+
+
+class Muon(torch.optim.AdamW):
+    """Steps along the orthogonalized momentum (Jordan et al. 2024) for convolution kernels, AdamW for all else.
+
+    A kernel (out, in, height, width) counts as the matrix (out, height * width * in) if the smaller side of that is at
+    most MAX_SIDE. All singular values of its step are near 1, whatever those of the gradient: directions that are rare
+    in the data count as much as frequent ones. lr: that of AdamW.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, weight_decay: float, fused: bool):
+        kernels, others = [], []
+        for parameter in parameters:
+            is_kernel = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) <= MAX_SIDE
+            (kernels if is_kernel else others).append(parameter)
+        super().__init__([{"params": others}, {"params": kernels}], lr=lr, weight_decay=weight_decay, fused=fused)
+        self._step_supports_amp_scaling = False  # the scaler of float16 unscales the gradients and leaves steps out
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Uses up the gradients of kernels: they are None afterwards."""
+        group = self.param_groups[1]
+        kernels = [kernel for kernel in group["params"] if kernel.grad is not None]
+        if kernels:
+            self._step_kernels(kernels, group["lr"], group["weight_decay"])
+        super().step()  # of all that still has a gradient
+
+    def _step_kernels(self, kernels: Sequence[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        gradients = [kernel.grad for kernel in kernels]
+        for kernel in kernels:
+            if not self.state[kernel]:  # AdamW looks for a step when it loads a state
+                self.state[kernel] = {"step": torch.zeros(()), "momentum": torch.zeros_like(kernel)}
+        momenta = [self.state[kernel]["momentum"] for kernel in kernels]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov
+        # channels last, as they are stored: nothing is copied
+        matrices = [kernel.permute(0, 2, 3, 1).flatten(1) for kernel in ahead]
+        steps = orthogonalize(matrices)
+        torch._foreach_mul_(steps, [max(1, m.shape[0] / m.shape[1]) ** 0.5 for m in matrices])
+        channels_last = [kernel.permute(0, 2, 3, 1) for kernel in kernels]
+        torch._foreach_mul_(channels_last, 1 - lr * weight_decay)
+        steps = [step.view(kernel.shape) for step, kernel in zip(steps, channels_last, strict=True)]
+        torch._foreach_add_(channels_last, steps, alpha=-RATE_RATIO * lr)
+        for kernel in kernels:
+            kernel.grad = None
+
+
+def orthogonalize(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """matrices: of any shapes, float32. -> for each U S V^T of them about U V^T: singular values of 0.7 to 1.2
+
+    Newton-Schulz iteration X <- (a + b XX^T + c (XX^T)^2) X (Jordan et al. 2024) from X / |X|, computed on XX^T, the
+    smaller matrix; those of the same size in one go, as a GPU would wait for many small ones.
+    """
+    by_side = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        by_side[min(matrix.shape)].append(number)
+    results = list(matrices)
+    for numbers in by_side.values():
+        wide = [m if m.shape[0] <= m.shape[1] else m.T for m in (matrices[number] for number in numbers)]
+        products = _product_of_iterations(torch.stack([m @ m.T for m in wide]))
+        for number, product, matrix in zip(numbers, products, wide, strict=True):
+            result = product @ matrix
+            results[number] = result if result.shape == matrices[number].shape else result.T
+    return results
+
+
+def _product_of_iterations(grams: torch.Tensor) -> torch.Tensor:
+    """grams: (N, side, side) XX^T -> (N, side, side) the matrix that takes X to its orthogonalization"""
+    squared_norms = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).view(-1, 1, 1)  # 0 if all gradients are
+    grams, product = grams / squared_norms, None
+    a, b, c = COEFFICIENTS
+    for number in range(ITERATIONS):
+        factors = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
+        factors.diagonal(dim1=1, dim2=2).add_(a)
+        product = factors if product is None else factors @ product
+        if number < ITERATIONS - 1:
+            grams = factors @ grams @ factors
+    return product / squared_norms.sqrt()
