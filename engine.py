@@ -183,7 +183,8 @@ class Engine:
         }
 
     def _step(self, batches, running_metrics, image_size):
-        """One optimizer step with the mean gradient over all images of `batches`. Never waits for a GPU.
+        """One optimizer step with the mean gradient over all images of `batches`. Never waits for a GPU, except
+        in float16 with Muon, where the scaler looks for an overflow.
 
         batches: [((images, targets) of this rank, number of images of all ranks; None: those of this one)].
         """

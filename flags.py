@@ -230,7 +230,7 @@ def _add_training_flags(group):
         "--optimizer",
         choices=OPTIMIZERS,
         default=OPTIMIZERS[0],
-        help="muon: for convolutions, steps of the same length in all directions [adamw]",
+        help="muon: orthogonalized updates for convolutions of up to 256 channels [adamw]",
     )
     add(
         "--learning_rate",

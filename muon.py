@@ -1,5 +1,6 @@
-"""AdamW that takes steps of the same length in all directions for the convolutions."""
+"""Muon: orthogonalized updates for convolution kernels, AdamW for all else."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -8,16 +9,16 @@ import torch
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration; steep at zero, so that few iterations are enough
 ITERATIONS = 5
 MOMENTUM = 0.95
-RATE_RATIO = 10  # of the learning rate of orthogonal steps to that of AdamW
-MAX_SIDE = 256  # of a kernel as a matrix: the cost grows with the square; larger ones take the steps of AdamW
+RATE_RATIO = 10  # of the learning rate of orthogonalized updates to that of AdamW
+MAX_SIDE = 256  # the smaller one of a kernel as a matrix; what is larger would cost most, and is left to AdamW
 
 
 class Muon(torch.optim.AdamW):
-    """Steps along the orthogonalized momentum (Jordan et al. 2024) for convolution kernels, AdamW for all else.
+    """Momentum with Newton-Schulz orthogonalization (Jordan et al. 2024) for kernels, AdamW for all else.
 
-    A kernel (out, in, height, width) counts as the matrix (out, height * width * in) if the smaller side of that is at
-    most MAX_SIDE. All singular values of its step are near 1, whatever those of the gradient: directions that are rare
-    in the data count as much as frequent ones. lr: that of AdamW.
+    A kernel (out, in, height, width) is updated as the matrix (out, height * width * in) if the smaller side of that is
+    at most MAX_SIDE. All directions of the update have about the same length, also those that only few images
+    contribute to. lr: that of AdamW; weight decay is by lr * weight_decay for kernels too.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, weight_decay: float, fused: bool):
@@ -26,7 +27,9 @@ class Muon(torch.optim.AdamW):
             is_kernel = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) <= MAX_SIDE
             (kernels if is_kernel else others).append(parameter)
         super().__init__([{"params": others}, {"params": kernels}], lr=lr, weight_decay=weight_decay, fused=fused)
-        self._step_supports_amp_scaling = False  # the scaler of float16 unscales the gradients and leaves steps out
+        # in float16, the scaler unscales the gradients, and leaves out a step that overflows: perhaps the first one
+        self._step_supports_amp_scaling = False
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -58,26 +61,30 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """matrices: of any shapes, float32. -> for each U S V^T of them about U V^T: singular values of 0.7 to 1.2
+    """matrices: of any shapes, float32. -> for each U S V^T of them about U V^T
 
-    Newton-Schulz iteration X <- (a + b XX^T + c (XX^T)^2) X (Jordan et al. 2024) from X / |X|, computed on XX^T, the
-    smaller matrix; those of the same size in one go, as a GPU would wait for many small ones.
+    The singular values are from 0.68 to 1.21 if they were at least 0.002 of the norm, and smaller below that.
+    Newton-Schulz iteration X <- (a + b XX^T + c (XX^T)^2) X (Jordan et al. 2024) from X / |X|, computed on XX^T or, if
+    that is smaller, X^T X; those of the same size in one go, as a GPU would wait for many small ones.
     """
     by_side = defaultdict(list)
     for number, matrix in enumerate(matrices):
         by_side[min(matrix.shape)].append(number)
     results = list(matrices)
     for numbers in by_side.values():
-        wide = [m if m.shape[0] <= m.shape[1] else m.T for m in (matrices[number] for number in numbers)]
-        products = _product_of_iterations(torch.stack([m @ m.T for m in wide]))
-        for number, product, matrix in zip(numbers, products, wide, strict=True):
-            result = product @ matrix
-            results[number] = result if result.shape == matrices[number].shape else result.T
+        alike = [matrices[number] for number in numbers]
+        products = _product_of_iterations(torch.stack([m @ m.T if _is_wide(m) else m.T @ m for m in alike]))
+        for number, product, matrix in zip(numbers, products, alike, strict=True):
+            results[number] = product @ matrix if _is_wide(matrix) else matrix @ product
     return results
 
 
+def _is_wide(matrix):
+    return matrix.shape[0] <= matrix.shape[1]
+
+
 def _product_of_iterations(grams: torch.Tensor) -> torch.Tensor:
-    """grams: (N, side, side) XX^T -> (N, side, side) the matrix that takes X to its orthogonalization"""
+    """grams: (N, side, side) XX^T or X^T X -> (N, side, side) what X is multiplied by to become orthogonal"""
     squared_norms = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14).view(-1, 1, 1)  # 0 if all gradients are
     grams, product = grams / squared_norms, None
     a, b, c = COEFFICIENTS

@@ -37,9 +37,10 @@ from schedule import Stage, last_stage_start, steps_before
 
 # flags that name a folder to write to: a checkpoint from elsewhere must not choose one
 WRITTEN_TO = ("cache_dir", "wandb_dir")
-# flags that cannot change any more: the images are split, the weights initialized, the best epoch was selected; the
-# flags of the recipe are those of the checkpoint
+# flags that cannot change any more: the images are split, the weights initialized, the optimizer has its state, the
+# best epoch was selected; the flags of the recipe are those of the checkpoint
 FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights", "zero_init", "optimizer", "recipe")
+OLDER = {"optimizer": "adamw"}  # {flag: how a checkpoint from before that flag was trained}
 # those of the labels may be of another test set
 FIXED_IN_TRAINING = ("best_metric", "group_regex", *LABEL_FLAGS)
 # flags that set the order of the images within an epoch
@@ -152,7 +153,8 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     if not replaced_splits(args, checkpoint["args"]):
         fixed += ("group_regex",)
     for name in fixed:
-        default = None if name in (*LABEL_FLAGS, "recipe") else getattr(args, name)  # of an older checkpoint
+        # of an older checkpoint
+        default = None if name in (*LABEL_FLAGS, "recipe") else OLDER.get(name, getattr(args, name))
         if getattr(args, name) != checkpoint["args"].get(name, default):
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
 

@@ -76,9 +76,14 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def set_float32_precision(amp_dtype: torch.dtype | None) -> None:
-    """Without autocast, convolutions on a GPU are computed in float32 as well: by itself, torch uses TF32 there."""
+    """Without autocast, convolutions on a GPU are computed in float32 as well: by itself, torch uses TF32 there.
+
+    Matrix products of float32 always are, also where the environment turns TF32 on for them: with it, the updates of
+    `Muon` could be many times too long.
+    """
     # the older of two settings: torch.export and torch.compile read it, and raise if the newer one differs
     torch.backends.cudnn.allow_tf32 = amp_dtype is not None
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

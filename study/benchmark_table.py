@@ -48,11 +48,11 @@ def _step_rows(step):
             continue
         reference, ours = rates["reference_images_per_second"], rates["images_per_second"]
         rows.append((title, _rate(reference), _rate(ours), f"{ours / reference:.2f}x"))
+        shares = f"{rates['reference_share_of_peak']:.0%}", f"{rates['share_of_peak']:.0%}"
+        rows.append((f"share of the matrix peak, {step['peak_gflops']:.0f} GFLOP/s", *shares, ""))
         muon = rates["muon_images_per_second"]
         title = f"with --optimizer muon (reference: adamw), batch {batch_size}, images/s"
         rows.append((title, _rate(ours), _rate(muon), f"{muon / ours:.2f}x"))
-        shares = f"{rates['reference_share_of_peak']:.0%}", f"{rates['share_of_peak']:.0%}"
-        rows.append((f"share of the matrix peak, {step['peak_gflops']:.0f} GFLOP/s", *shares, ""))
     return rows
 
 

@@ -97,3 +97,18 @@ def test_resize_is_inherited_and_that_of_older_checkpoints_is_stretch(copied_run
         write_checkpoint(copied_run / LAST, {**last, "args": trained})
         with resume.open_run(parse_flags(command), command) as (args, _):
             assert args.resize == expected
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_optimizer_cannot_change_when_a_run_is_resumed(copied_run, known):
+    """Its state is that of the other one, also in a checkpoint from before there was a choice."""
+    checkpoint = load_checkpoint(copied_run / LAST)
+    if not known:
+        del checkpoint["args"]["optimizer"]
+    write_checkpoint(copied_run / LAST, checkpoint)
+    command = ["--resume", str(copied_run / LAST), "--optimizer", "muon"]
+    with pytest.raises(UserError, match="--optimizer: cannot change"), resume.open_run(parse_flags(command), command):
+        pass
+    command = ["--resume", str(copied_run / LAST)]
+    with resume.open_run(parse_flags(command), command) as (args, _):
+        assert args.optimizer == "adamw"

@@ -123,5 +123,7 @@ def test_float32_means_float32_for_convolutions_too():
     cudnn = torch.backends.cudnn
     set_float32_precision(None)
     assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision != "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
     set_float32_precision(torch.bfloat16)
     assert cudnn.allow_tf32 and cudnn.conv.fp32_precision == "tf32"
+    assert not torch.backends.cuda.matmul.allow_tf32
