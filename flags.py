@@ -57,7 +57,7 @@ RECIPES = {
 CORRECTION = ("train_loss", "sampling", "use_augmentation")
 WHOLE_CORRECTION = (*CORRECTION, "tau")  # with its strength, which can be given another value alone
 # further flags of a recipe for a training that starts from random weights
-FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True}}
+FROM_SCRATCH = {"two_level": {}, "strong": {"learning_rate": 1e-3, "zero_init": True, "optimizer": "muon"}}
 # flags that do not change what a run learns; nor do those of W&B
 NEUTRAL_FLAGS = {
     "run_dir", "output_dir", "resume", "auto_resume", "device", "num_workers", "cache_dir", "no_cache", "save_every",

@@ -1,6 +1,6 @@
 """Check main.py on a GPU and measure how fast it is there, in parts: each a process with a time limit.
 
-    python tests/tools/gpu_check.py --out DIR              on a machine with a GPU (less than 5 minutes)
+    python tests/tools/gpu_check.py --out DIR              on a machine with a GPU (less than 6 minutes)
     python tests/tools/gpu_check.py --device cpu --tiny    dry run without a GPU; what needs one is skipped
 
 Parts that only check run side by side, those that measure one after the other. With several GPUs, one training on all
@@ -68,7 +68,7 @@ PHASES = (
     {"correct": 90, "resume": 120, "ranks": 100, "compile": 110},
     {"auto": 30},
     {"save": 20},
-    {"bench": 100},
+    {"bench": 120},
     {"speed": 50},
     {"compiled": 60},  # what compile has compiled is in torch's cache of compiled code
     {"input": 40},
@@ -513,7 +513,6 @@ def part_speed(log, device, tiny):
     for batch in (2,) if tiny else (32, 256):
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}", batch, bf16)
         measure_step(log, device, tiny, peak, f"bf16, batch {batch}, ema", batch, bf16, ema=0.999)
-        measure_step(log, device, tiny, peak, f"bf16, batch {batch}, muon", batch, bf16, optimizer=Muon)
     if device.type != "cuda" or tiny:
         return
     set_float32_precision(None)  # as in main.py --amp off
@@ -916,7 +915,7 @@ def build_parser():
     parser.add_argument("--device", default="cuda", help="cuda or cpu [cuda]")
     parser.add_argument("--tiny", action="store_true", help="small sizes and a thin network, for a dry run")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="[all]")
-    parser.add_argument("--limit", type=float, default=295, help="seconds for all parts together on a GPU [295]")
+    parser.add_argument("--limit", type=float, default=340, help="seconds for all parts together on a GPU [340]")
     return parser
 
 
