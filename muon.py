@@ -27,7 +27,8 @@ class Muon(torch.optim.AdamW):
             is_kernel = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) <= MAX_SIDE
             (kernels if is_kernel else others).append(parameter)
         super().__init__([{"params": others}, {"params": kernels}], lr=lr, weight_decay=weight_decay, fused=fused)
-        # in float16, the scaler unscales the gradients, and leaves out a step that overflows: perhaps the first one
+        # in float16, the scaler unscales the gradients, and leaves out a step that overflows; if that is the first one,
+        # the schedule warns that it comes before the optimizer
         self._step_supports_amp_scaling = False
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
 
