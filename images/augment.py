@@ -55,11 +55,9 @@ def augment(image: np.ndarray, parameters: Sequence[float], out: np.ndarray) -> 
         a, b, x, c, d, y = affine
         center = (len(image) - 1) / 2
         x, y = (center * (1 - a - b) + x * len(image) / 2, center * (1 - c - d) + y * len(image) / 2)
-        rgba = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # four channels are warped twice as fast as three
-        # reflected at the border: black corners would tell the model which images are copies
-        flags = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REFLECT}
-        warped = cv2.warpAffine(rgba, np.array([[a, b, x], [c, d, y]]), image.shape[:2], **flags)
-        cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB, dst=out)
+        # black corners or a blur would tell the model which images are copies: reflected at the border, and cubic
+        flags = {"flags": cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REFLECT}
+        cv2.warpAffine(image, np.array([[a, b, x], [c, d, y]]), image.shape[:2], dst=out, **flags)
     if color != IDENTITY[6:]:
         brightness, contrast, saturation = color
         mean_gray = np.dot(GRAY, cv2.mean(out)[:3])
@@ -79,7 +77,8 @@ def augment_batch(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tenso
     Color: brightness; contrast around the image's mean gray; saturation around the gray of each pixel.
     """
     grid = F.affine_grid(parameters[:, :6].reshape(-1, 2, 3), images.shape, align_corners=False)
-    warped = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False).flatten(2)
+    how = {"mode": "bicubic", "padding_mode": "reflection", "align_corners": False}
+    warped = F.grid_sample(images.float(), grid, **how).clamp_(0, 255).flatten(2)
     brightness, contrast, saturation = parameters[:, 6:, None, None].unbind(1)
     gray = _gray_on(images.device)
     mean_gray = (warped.mean(dim=2) @ gray)[:, None, None]

@@ -2,8 +2,10 @@
 
 import math
 
+import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from flags import AUGMENTATIONS
 from images.augment import augment, augment_batch, draw_parameters, resize
@@ -112,6 +114,32 @@ def test_a_batch_on_the_device_is_augmented_like_single_images():
     difference = np.abs(actual.astype(int) - expected)
     assert difference.mean() < 0.5 and difference.max() <= 4
     assert np.abs(expected.astype(int) - image).mean() > 5
+
+
+def test_an_augmented_image_keeps_most_of_its_fine_texture():
+    """Bilinear interpolation would keep a third of it: a blur by which copies can be told from originals."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((64, 64), Image.Resampling.BILINEAR))  # as photographs are decoded
+    copy = np.empty_like(image)
+    parameters = draw_parameters(["rotation", "shift"], np.random.default_rng(0), 180)
+    augment(image, parameters, copy)
+    images = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)
+    on_device = augment_batch(images, torch.tensor([parameters]))[0].permute(1, 2, 0).contiguous().numpy()
+    original, *augmented = (cv2.Laplacian(each, cv2.CV_32F)[8:-8, 8:-8].var() for each in (image, copy, on_device))
+    assert min(augmented) > 0.5 * original
+
+
+def test_what_overshoots_at_an_edge_is_cut_off_before_colors_change():
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    image[:, 16:] = 255
+    turned = draw_parameters(["rotation"], np.random.default_rng(0))[:6]
+    parameters = (*turned, 0.8, 0.8, 1.0)
+    copy = np.empty_like(image)
+    augment(image, parameters, copy)
+    images = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    on_device = augment_batch(images, torch.tensor([parameters]))[0].permute(1, 2, 0).numpy()
+    for augmented in (copy, on_device):
+        assert augmented.max() == augmented[16, 28].max() > augmented.min() == augmented[16, 3].min()
 
 
 def test_resizing_on_the_device_is_antialiased_and_keeps_uint8():
