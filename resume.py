@@ -19,7 +19,7 @@ from data_flags import LABEL_FLAGS
 from engine import Engine
 from flag_checks import check_inherited, parse_flags
 from flag_queries import data_folders, replaced_splits
-from flags import NOT_INHERITED, SPLITS
+from flags import NOT_INHERITED, SPLITS, build_parser
 from images.cache import open_cache, read_all
 from images.decode import DECODER_VERSION, warn_of_other_decoder
 from images.folders import ImageIndex, file_stat
@@ -40,7 +40,6 @@ WRITTEN_TO = ("cache_dir", "wandb_dir")
 # flags that cannot change any more: the images are split, the weights initialized, the optimizer has its state, the
 # best epoch was selected; the flags of the recipe are those of the checkpoint
 FIXED_ON_RESUME = ("split", "folds", "fold", "pretrained", "weights", "zero_init", "optimizer", "recipe")
-OLDER = {"optimizer": "adamw"}  # {flag: how a checkpoint from before that flag was trained}
 # those of the labels may be of another test set
 FIXED_IN_TRAINING = ("best_metric", "group_regex", *LABEL_FLAGS)
 # flags that set the order of the images within an epoch
@@ -152,10 +151,9 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     fixed = FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING
     if not replaced_splits(args, checkpoint["args"]):
         fixed += ("group_regex",)
+    trained = vars(build_parser().parse_args([])) | checkpoint["args"]  # an older checkpoint lacks newer flags
     for name in fixed:
-        # of an older checkpoint
-        default = None if name in (*LABEL_FLAGS, "recipe") else OLDER.get(name, getattr(args, name))
-        if getattr(args, name) != checkpoint["args"].get(name, default):
+        if getattr(args, name) != trained[name]:
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
 
 

@@ -100,15 +100,19 @@ def test_resize_is_inherited_and_that_of_older_checkpoints_is_stretch(copied_run
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_optimizer_cannot_change_when_a_run_is_resumed(copied_run, known):
-    """Its state is that of the other one, also in a checkpoint from before there was a choice."""
-    checkpoint = load_checkpoint(copied_run / LAST)
+@pytest.mark.parametrize("changed", [["--optimizer", "muon"], ["--zero_init"], ["--weights", "resnet50.pth"]])
+def test_what_a_training_started_with_cannot_change_when_it_is_resumed(copied_run, changed, known):
+    """Also if the checkpoint is from before there was a choice."""
+    checkpoint, name = load_checkpoint(copied_run / LAST), changed[0].removeprefix("--")
+    usual = checkpoint["args"][name]
     if not known:
-        del checkpoint["args"]["optimizer"]
+        del checkpoint["args"][name]
     write_checkpoint(copied_run / LAST, checkpoint)
-    command = ["--resume", str(copied_run / LAST), "--optimizer", "muon"]
-    with pytest.raises(UserError, match="--optimizer: cannot change"), resume.open_run(parse_flags(command), command):
-        pass
     command = ["--resume", str(copied_run / LAST)]
+    with (
+        pytest.raises(UserError, match=f"{changed[0]}: cannot change"),
+        resume.open_run(parse_flags([*command, *changed]), [*command, *changed]),
+    ):
+        pass
     with resume.open_run(parse_flags(command), command) as (args, _):
-        assert args.optimizer == "adamw"
+        assert getattr(args, name) == usual
