@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flag_queries import corrects_by_loss, corrects_by_sampling, corrects_twice, scaled_learning_rate
-from flags import FROM_SCRATCH, build_parser
+from flags import FROM_SCRATCH, complete_flags
 from metrics import wilson_interval
 from run.cli import attempt
 from run.files import printable, read_json, read_rows
@@ -251,7 +251,7 @@ def find_advice(run_dir: str | Path) -> list[Advice]:
     None after `--eval_only`, whose flags are not those of a training.
     """
     run_dir = Path(run_dir)
-    args = vars(build_parser().parse_args([])) | read_json(run_dir / "args.json")  # an older run lacks newer flags
+    args = complete_flags(read_json(run_dir / "args.json"))
     if args["eval_only"]:
         return []
     rows = [{name: float(value) for name, value in row.items() if value} for row in read_rows(run_dir / "history.csv")]

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from data_flags import add_data_flags, add_subgroup_flag
 from run.cli import Parser, UserError, add_switch, boolean, number
@@ -85,6 +86,11 @@ def build_parser() -> Parser:
     _add_machine_flags(parser.add_argument_group("machine"))
     _add_wandb_flags(parser.add_argument_group("Weights & Biases"))
     return parser
+
+
+def complete_flags(stored: dict[str, Any]) -> dict[str, Any]:
+    """-> all flags of a run: those that it has stored, and the defaults of those that are newer than it."""
+    return vars(build_parser().parse_args([])) | stored
 
 
 def _add_model_flags(group):

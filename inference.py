@@ -17,7 +17,7 @@ from calibration import PredictionSets, ValOutputs, adjust
 from engine import Engine, build_engine
 from flag_checks import check_inherited
 from flag_queries import is_ordinal, shown_at_any_angle
-from flags import NOT_INHERITED, build_parser
+from flags import NOT_INHERITED, complete_flags
 from images.augment import views
 from images.decode import limit_image_size, to_square, warn_of_other_decoder
 from images.decode_ahead import DecodedBatches
@@ -135,7 +135,7 @@ def _load_model(path, device):
     trained = {name: value for name, value in checkpoint["args"].items() if name not in NOT_INHERITED}
     check_inherited(trained, path, FLAG)
     warn_of_other_decoder(path, checkpoint["decoder_version"], FLAG)
-    args = argparse.Namespace(**vars(build_parser().parse_args([])) | checkpoint["args"])
+    args = argparse.Namespace(**complete_flags(checkpoint["args"]))
     # compiling takes longer than most predictions; the averaged weights are those that were stored
     flags = argparse.Namespace(**vars(args) | {"compile": False, "ema": 0, "mixup": 0, "cutmix": 0})
     engine = build_engine(flags, device, torch.nn.Identity(), len(checkpoint["classes"]))

@@ -19,7 +19,7 @@ from data_flags import LABEL_FLAGS
 from engine import Engine
 from flag_checks import check_inherited, parse_flags
 from flag_queries import data_folders, replaced_splits
-from flags import NOT_INHERITED, SPLITS, build_parser
+from flags import NOT_INHERITED, SPLITS, complete_flags
 from images.cache import open_cache, read_all
 from images.decode import DECODER_VERSION, warn_of_other_decoder
 from images.folders import ImageIndex, file_stat
@@ -151,7 +151,7 @@ def check_resumed_flags(args: argparse.Namespace, checkpoint: dict) -> None:
     fixed = FIXED_ON_RESUME if args.eval_only else FIXED_ON_RESUME + FIXED_IN_TRAINING
     if not replaced_splits(args, checkpoint["args"]):
         fixed += ("group_regex",)
-    trained = vars(build_parser().parse_args([])) | checkpoint["args"]  # an older checkpoint lacks newer flags
+    trained = complete_flags(checkpoint["args"])
     for name in fixed:
         if getattr(args, name) != trained[name]:
             raise UserError(f"--{name}: cannot change in a resumed run; omit this flag or start a new run")
