@@ -10,7 +10,7 @@ from run.cli import Parser, UserError, add_switch, boolean, number
 DESCRIPTION = """Train a ResNet-50 to grade skin conditions from very imbalanced class folders.
 
 python main.py --demo
-python main.py --data_dirs data/forehead_wrinkles --train_loss ce --use_augmentation
+python main.py --data_dirs data/forehead_wrinkles --recipe strong --rotation 15
 python main.py --data_dirs photos --labels metadata.csv
 python main.py --data_dirs data/forehead_wrinkles --check_data
 python main.py --resume checkpoints_20260101_120000/last_model.pth

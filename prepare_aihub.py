@@ -21,9 +21,11 @@ download.tar, or a folder with TS.zip and TL.zip, also in pieces. Nothing is unp
 
 python prepare_aihub.py DOWNLOADED --list
 python prepare_aihub.py DOWNLOADED --target forehead_wrinkle --output forehead
-python main.py --data_dirs forehead/images --labels forehead/labels.csv --label_column forehead_wrinkle
+python main.py --data_dirs forehead/images --labels forehead/labels.csv --label_column forehead_wrinkle \\
+    --recipe strong --rotation 15
 """
 MAX_MEGAPIXELS = 200  # of a photograph, as in main.py
+TRAIN_FLAGS = "--recipe strong --rotation 15"  # a face has an upright
 
 
 def bins(text: str) -> tuple[float, ...]:
@@ -141,13 +143,13 @@ def make_crops(archives: "Archives", found: "Found", targets: "Sequence[Target]"
             listed = ", ".join(f"grade {grade}: {counts[grade]}" for grade in sorted(counts.keys() - {None}))
             print(f"{target.column}: {listed}")
         if crops and class_target:
-            print(f'train: python main.py --data_dirs {shown} --group_regex "^(.+)_.+_.+_.+"')
+            print(f'train: python main.py --data_dirs {shown} --group_regex "^(.+)_.+_.+_.+" {TRAIN_FLAGS}')
         elif crops:
             for target, missing in zip(targets, write_table(found, crops, folder, targets), strict=True):
                 drop = " --drop=" if missing else ""  # what shells of Windows take for an empty word differs
                 print(
                     f"train: python main.py --data_dirs {shlex.quote(str(images))} --labels "
-                    f"{shlex.quote(str(folder / TABLE))} --label_column {target.column}{drop}"
+                    f"{shlex.quote(str(folder / TABLE))} --label_column {target.column}{drop} {TRAIN_FLAGS}"
                 )
     if found.repeated:
         print(f"{found.repeated} label files say the same as others")

@@ -57,7 +57,7 @@ def test_the_table_has_each_crop_with_its_person_grades_and_values(data, tmp_pat
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
     assert rows["0002_1_L_06.jpg"]["equipment_r_cheek_moisture"] == "43.5"
-    assert "--label_column cheek_pore\n" in capsys.readouterr().out
+    assert "--label_column cheek_pore --recipe strong --rotation 15\n" in capsys.readouterr().out
 
 
 def test_one_folder_serves_several_targets_and_its_table_keeps_earlier_rows(data, tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_one_folder_serves_several_targets_and_its_table_keeps_earlier_rows(data
     assert prepare(data, "--target", "forehead_wrinkle", "--output", out) == 0
     first = read_rows(out / "labels.csv")
     assert prepare(data, "--target", "lip_dryness", "--output", out) == 0
-    assert "--label_column lip_dryness --drop=\n" in capsys.readouterr().out
+    assert "--label_column lip_dryness --drop= --recipe strong --rotation 15\n" in capsys.readouterr().out
     (out / "images" / "0001_1_F_07.jpg").unlink()  # one that the user has deleted
     assert prepare(data, "--target", "forehead_pigmentation", "--output", out) == 0
     rows = read_rows(out / "labels.csv")
