@@ -42,7 +42,9 @@ def run(argv: list[str]) -> None:
     args, main_flags = build_parser().parse_known_args(argv)
     from flag_checks import with_config
     from study.grid import check_flags, read_grid, varied_flags
+    from study.process import check_system
 
+    check_system()
     grid = read_grid(args.grid)
     main_flags = with_config(main_flags, varied_flags(grid))
     baseline = args.baseline or next(iter(grid))

@@ -27,7 +27,7 @@ from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import VARIANTS, write_report
 from plots import plot_confusion_matrix
-from run.cli import UserError
+from run.cli import UserError, attempt
 from run.environment import write_environment
 from run.files import printable, write_json, write_predictions
 from run.log import start_log
@@ -156,7 +156,8 @@ def evaluate_splits(
         results["subgroups"] = all_subgroups(args.subgroup_columns, splits["test"].columns, *outcome)
         write_subgroups(run_dir / SUBGROUPS_FILE, results["subgroups"])
     title = f"test: balanced accuracy {results['test']['balanced_acc']:.3f}"
-    plot_confusion_matrix(run_dir / "confusion_matrix.png", results["test"]["confusion_matrix"], classes, title)
+    matrix, file = results["test"]["confusion_matrix"], run_dir / "confusion_matrix.png"
+    attempt(lambda: plot_confusion_matrix(file, matrix, classes, title), f"no {file.name}")
     return results, probabilities
 
 

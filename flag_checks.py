@@ -105,7 +105,7 @@ def with_config(argv: Sequence[str], ignored: Collection[str] = ()) -> list[str]
             raise UserError(f"--config: {found.config}: {error}") from error
         if flag_of(str(name)) not in (*NOT_INHERITED, *ignored):
             config_words.setdefault(flag_of(str(name)), []).extend(flag_words)
-    return [*_joined(config_words, _replaced(config_words, words)), *words]
+    return [*_joined(config_words, _replaced(config_words, words) | _other_splits(config_words, words)), *words]
 
 
 def _replaced(config_words, words):
@@ -120,6 +120,19 @@ def _replaced(config_words, words):
     replaced = {*recipe, *WHOLE_CORRECTION, *(name for name in previous if in_file.get(name) == previous[name])}
     broken = _names_of_broken_rules(recipe, [*_joined(config_words, replaced), *words])
     return replaced | {name for names in broken if recipe.keys() & set(names) for name in names}
+
+
+def _other_splits(config_words, words):
+    """`val_dirs` and `test_dirs` of a file that lie beside its `data_dirs`, as those of `--data_dirs D` with D/val do:
+    they are splits of that data, and give way to `--data_dirs` of the command line."""
+    if "data_dirs" not in explicit_flags(words):
+        return set()
+    in_file = explicit_flags(_joined(config_words, ()))
+
+    def parents(name):
+        return {os.path.dirname(os.path.normpath(folder)) for folder in in_file.get(name, [])}
+
+    return {name for name in ("val_dirs", "test_dirs") if name in in_file and parents(name) <= parents("data_dirs")}
 
 
 def _joined(words_of, left_out):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from flag_checks import parse_flags, trains_all_folds
 from flag_queries import is_ordinal
-from run.cli import UserError, end_process, run_command
+from run.cli import UserError, attempt, end_process, run_command
 from run.folder import FOLDS_FILE
 from run.ranks import check_restart, hand_out, num_ranks, num_ranks_here, run_together
 from run.signals import Signals, Stopped
@@ -146,13 +146,13 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         results, probabilities = evaluate_best(engine, splits, args, best_outputs)
         if not is_first():
             return
-        changes = [stage.start for stage in stages[1:]]
-        plot_curves(run_dir / "curves.png", progress.history, results["best_epoch"], changes)
+        write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})  # the run is finished
+        curves = run_dir / "curves.png", progress.history, results["best_epoch"], [stage.start for stage in stages[1:]]
+        attempt(lambda: plot_curves(*curves), "no curves.png")
+        warn_of_early_best(results["best_epoch"], stages)
+        print_results(results, run_dir)
+        write_report(run_dir, splits, probabilities, engine.evaluated)
         wandb_run.log_results(progress, results, splits["test"], probabilities["test"], run_dir / BEST)
-    write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})  # the run is finished
-    warn_of_early_best(results["best_epoch"], stages)
-    print_results(results, run_dir)
-    write_report(run_dir, splits, probabilities, engine.evaluated)
 
 
 def train_and_validate(

@@ -6,6 +6,7 @@ import operator
 import os
 import sys
 from argparse import Namespace
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,7 +204,7 @@ class Truth:
         self.index, _ = index_table(flags, list(folders), "--images", grader.classes, paths)
         check_columns(args.subgroup_columns, self.index)
         self._position = {path: i for i, path in enumerate(self.index.paths)}
-        self._found, self._probabilities = [], []
+        self._found, self._probabilities = [], array("f")  # probabilities one after another: 4 bytes each
         self.columns = ["label", "correct"]
         self.columns += [f"table_{name}" if name in grader.columns else name for name in self.index.columns]
 
@@ -215,7 +216,7 @@ class Truth:
         label = self.grader.classes[self.index.targets[i]]
         if prediction.error is None:
             self._found.append(i)
-            self._probabilities.append(prediction.probabilities)
+            self._probabilities.frombytes(prediction.probabilities.astype("float32", copy=False).tobytes())
         correct = "" if prediction.error is not None else int(prediction.prediction == label)
         return [label, correct, *(cells[i] for cells in self.index.columns.values())]
 
@@ -231,7 +232,8 @@ class Truth:
         if not self._found:
             print("no photograph with a label was predicted")
             return
-        index, probabilities = self.index.subset(self._found), np.stack(self._probabilities)
+        index = self.index.subset(self._found)
+        probabilities = np.frombuffer(self._probabilities, np.float32).reshape(len(index), -1)
         warn_of_nameless_subjects(index)
         outcome = index.targets, probabilities, self.grader.classes
         subjects = subjects_of(index, None)

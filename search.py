@@ -29,8 +29,9 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> None:
     args, main_flags = build_parser().parse_known_args(argv)
-    from study.process import check_main_flags
+    from study.process import check_main_flags, check_system
 
+    check_system()
     check_main_flags(main_flags)
 
     from study.optuna_search import run_search

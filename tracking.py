@@ -1,6 +1,7 @@
 """The Weights & Biases run: started, resumed by its id, offline where there is no server, and logged to."""
 
 import argparse
+import math
 import os
 import secrets
 import signal
@@ -24,6 +25,7 @@ from run.surroundings import command_line, is_writable, user_folder
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120  # for uploads that remain at the end; a server that is gone delays nobody for longer
 STOP_TIMEOUT_S = 10  # for uploads after a signal: who sends one often kills the process soon
+TEAR_DOWN_TIMEOUT_S = 10
 SWEEP_TIMEOUT_S = 10
 TABLE_IMAGE_SIZE = 224  # pixels
 PR_POINTS = 51  # per curve
@@ -264,11 +266,9 @@ class WandbRun:
 
     def _finish(self, stopped, exit_code):
         offline, folder, is_complete = self._run.offline, Path(self._run.dir).parent, True
-        started = time.monotonic()
-
-        def give_up():
-            if stopped and time.monotonic() - started > STOP_TIMEOUT_S:
-                raise stopped
+        # the client keeps to its finish_timeout only while its process answers
+        limit = STOP_TIMEOUT_S if stopped else (self._run.settings.finish_timeout or math.inf) + TEAR_DOWN_TIMEOUT_S
+        give_up = _after(limit, stopped or TimeoutError())
 
         exit_code = stopped.status if stopped else exit_code
         try:
@@ -276,7 +276,7 @@ class WandbRun:
                 call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)
             except Exception:  # no answer in time, or the process of the client is gone
                 is_complete = False
-                self._tear_down(give_up)  # otherwise the client would complain again when Python ends
+                self._tear_down(stopped)  # otherwise the client would complain again when Python ends
         except Stopped as stop:
             print(f"W&B: not everything was uploaded; to upload the rest: {_sync_command(folder)}")
             raise stop from None
@@ -284,10 +284,10 @@ class WandbRun:
             what = "to upload this run" if offline else "not everything was uploaded; to upload the rest"
             print(f"W&B: {what}: {_sync_command(folder)}")
 
-    def _tear_down(self, give_up=lambda: None):
-        """End the process of the client. give_up: called while it ends; what it raises ends the wait."""
+    def _tear_down(self, stopped=None):
+        """End the process of the client, or give it up. stopped: what to raise then."""
         with suppress(Exception, SystemExit):  # the client exits with the status of its process
-            call_in_thread(self._wandb.teardown, give_up)
+            call_in_thread(self._wandb.teardown, _after(TEAR_DOWN_TIMEOUT_S, stopped or TimeoutError()))
 
     def _is_active(self):
         return self._run and not self._has_failed
@@ -305,6 +305,17 @@ class WandbRun:
         )
         (run,) = (run for run in sweep["runs"] if run["name"] == self.id)
         return run["shouldStop"] or run["stopped"]
+
+
+def _after(seconds, error):
+    """-> function that raises `error` once so many seconds have passed"""
+    deadline = time.monotonic() + seconds
+
+    def check():
+        if time.monotonic() > deadline:
+            raise error
+
+    return check
 
 
 def _sync_command(folder):

@@ -21,7 +21,7 @@ from images.decode import FACTS, ONE_COLOR, TOO_DARK, decode, failure_reason
 from images.folders import ImageIndex, Paths, file_stat
 from run.cli import UserError, progress_bar
 from run.cores import num_cores
-from run.files import atomic_write
+from run.files import atomic_write, printable
 from run.surroundings import user_folder
 
 FORMAT_VERSION = 3  # increase it when the cache's files change, or how a photograph becomes pixels
@@ -62,7 +62,7 @@ def read_all(indexes: dict[str, ImageIndex], cache: "ImageCache", skip_broken: b
     cache_rows, facts, reasons = cache.fill(paths, stats)
     broken = cache.unreadable = [(paths[i], reason) for i, reason in sorted(reasons.items())]
     for path, reason in broken:
-        print(f"broken: {path}: {reason}")
+        print(f"broken: {printable(path)}: {reason}")
     if broken and not skip_broken:
         more = f", and {len(broken) - 1} more (listed above)" if len(broken) > 1 else ""
         raise UserError(

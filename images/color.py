@@ -42,9 +42,10 @@ def _description(profile, mode):
     try:
         parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         name = ImageCms.getProfileDescription(parsed).strip() or "without a name"
+        is_of_mode = MODES.get(parsed.profile.xcolor_space.strip()) == mode
     except Exception:  # as in `_transform`
         return "cannot be read, not used"
-    if MODES.get(parsed.profile.xcolor_space.strip()) != mode:
+    if not is_of_mode:
         return f"{name}, not used: it is of other colors than the image"
     return f"{name}, converted to sRGB" if _transform(profile, mode) else name
 

@@ -30,6 +30,7 @@ class Depth:
 
     def __init__(self, image: Image.Image):
         self.white, self.inverted, self._may_be_scaled, self._full_scale = FULL_SCALE, False, False, FULL_SCALE
+        self._is_unsigned_32 = False
         if image.format == "TIFF":
             self._read_tags(image.tag_v2, is_gray=len(image.getbands()) == 1)
         elif image.format == "PNG":
@@ -42,6 +43,7 @@ class Depth:
         bits, kind = _first(tags, BITS_PER_SAMPLE), _first(tags, SAMPLE_FORMAT)
         stated = _first(tags, MAX_SAMPLE_VALUE) or _first(tags, S_MAX_SAMPLE_VALUE)
         self.inverted = is_gray and _first(tags, PHOTOMETRIC) == 0
+        self._is_unsigned_32 = bits == 32 and kind not in (SIGNED, FLOAT)
         self._full_scale = 32767 if (kind, bits) == (SIGNED, 16) else FULL_SCALE
         self.white = None
         if isinstance(bits, int) and 8 < bits < 16:
@@ -49,6 +51,13 @@ class Depth:
         elif isinstance(stated, (int, float)) and math.isfinite(stated) and stated > 0:
             # often the largest value that occurs: white is the largest value of as many bits
             self.white = stated if kind == FLOAT else 2 ** int(stated).bit_length() - 1
+
+    def values_of(self, image: Image.Image) -> np.ndarray:
+        """-> the values of a gray image, finite."""
+        values = np.asarray(image)
+        if self._is_unsigned_32:  # Pillow reads them as signed
+            values = values.view(np.uint32)
+        return np.nan_to_num(values, nan=0, posinf=0, neginf=0)
 
     def white_of(self, values: np.ndarray) -> tuple[float, bool]:
         """-> (the value of white, whether the file states it). values: of the image, int or float."""
@@ -63,6 +72,8 @@ class Depth:
             return self.white, True
         if values.dtype.kind == "f" and brightest <= 2:  # white is 1; resampling adds somewhat brighter values
             return 1, False
+        if values.dtype.kind != "f" and brightest > FULL_SCALE:
+            return np.iinfo(values.dtype).max, False
         is_16_bit = values.dtype.itemsize == 2
         return (255 if brightest <= 255 and not is_16_bit else self._full_scale), False
 
@@ -97,7 +108,7 @@ def _significant_bits(file: BinaryIO) -> tuple[int, ...]:
 
 def gray_to_8_bit(image: Image.Image, depth: Depth) -> tuple[Image.Image, bool]:
     """16-bit, 32-bit or float gray -> (mode L, whether it is suspiciously dark: see `looks_dark`)."""
-    values = np.nan_to_num(np.asarray(image))
+    values = depth.values_of(image)
     white, is_stated = depth.white_of(values)
     scaled = _scale(values, white)
     return Image.fromarray(255 - scaled if depth.inverted else scaled), looks_dark(values.max(), white, is_stated)

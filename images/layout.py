@@ -36,7 +36,7 @@ RUN_FILES = {"splits.json", "history.csv", "results.json"}  # beside args.json
 STUDY_FILES = {FOLDS_FILE, "ablation.json"}
 TRIAL_LOG = re.compile(r"trial_\d{4,}\.log")  # of a search
 LOCK_TEXT = re.compile(r"process \d+ on ")  # what a run writes into its lock
-CACHE_NAME, CACHE_FILES = re.compile(r"\d+px_v\d+"), {"index.npz", "lock"}
+CACHE_NAME, CACHE_FILES = re.compile(r"\d+px(_[a-z]+)?_v\d+"), {"index.npz", "lock"}
 WANDB_NAME = re.compile(r"wandb|(offline-)?run-\d{8}_\d{6}-.+")
 SHOWN = 6  # kinds of passed-over entries, or names, in a message
 

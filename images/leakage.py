@@ -6,6 +6,7 @@ Subjects are read from file names; near-duplicate photographs are found by a per
 import itertools
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,8 @@ def subject_ids(paths: Iterable[str], pattern: str | None) -> np.ndarray | None:
 
 def subject_names(paths: Iterable[str], pattern: str) -> list[str]:
     """-> the N names of the images' subjects; see `subject_ids`."""
-    regex = re.compile(pattern)
-    found = map(regex.search, map(os.path.basename, paths))
+    regex = re.compile(unicodedata.normalize("NFC", pattern))
+    found = map(regex.search, map(_composed_name, paths))
     names = [match and match[1 if regex.groups else 0] for match in found]
     missing = [path for path, name in zip(paths, names, strict=True) if not name]
     if missing:
@@ -78,7 +79,13 @@ def subjects_of(index: ImageIndex, pattern: str | None) -> np.ndarray | None:
 
 
 def _names_in_table(index):
-    return [name or path for name, path in zip(index.columns[index.subject_column], index.paths, strict=True)]
+    names = (unicodedata.normalize("NFC", name) for name in index.columns[index.subject_column])
+    return [name or path for name, path in zip(names, index.paths, strict=True)]
+
+
+def _composed_name(path):
+    """The name of a file, the same from macOS, which stores letters and their parts one by one, and from elsewhere."""
+    return unicodedata.normalize("NFC", os.path.basename(path))
 
 
 def has_subjects(flags: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
@@ -135,9 +142,9 @@ def num_trained_on(paths: Iterable[str], checkpoints: Iterable[dict]) -> int:
     trained_sizes = {}
     for checkpoint in checkpoints:
         names, sizes = (checkpoint[key]["train"] for key in ("splits", "file_sizes"))
-        for name, size in zip(map(os.path.basename, names), sizes.tolist(), strict=True):
+        for name, size in zip(map(_composed_name, names), sizes.tolist(), strict=True):
             trained_sizes.setdefault(name, set()).add(size)
-    found = ((path, trained_sizes.get(os.path.basename(path))) for path in paths)
+    found = ((path, trained_sizes.get(_composed_name(path))) for path in paths)
     return sum(sizes is not None and file_stat(path)[0] in sizes for path, sizes in found)
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any
@@ -28,7 +28,6 @@ from run.ranks import from_first, from_first_here, is_on_first_machine
 from utils import class_balanced_weights, effective_number
 
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
-MAX_DRAWS = 50  # of subjects, until every split has every class
 MAX_LISTED = 100  # lost images
 ALL_FOLDERS = "--data_dirs / --val_dirs / --test_dirs"
 
@@ -158,9 +157,15 @@ def stratified_split(
     shares: of train, val and test; those of `separate` are divided among the others. subjects: (N,) int; the images of
     a subject stay together. A class that is too small may be missing in a split: see `check_classes_in_splits`.
     """
-    draws = _max_draws(index, subjects, len(SPLITS) - len(separate))
-    (splits,) = _first_complete(lambda seed: [_draw_split(index, shares, seed, separate, subjects)], seed, draws)
-    return splits
+    names = [split for split in SPLITS if split not in separate]
+    shares = [share for split, share in zip(SPLITS, shares, strict=True) if split in names]
+    rest, parts, share_left = np.arange(len(index)), [], sum(shares)
+    for share in reversed(shares[1:]):
+        rest, chosen = _take_share(rest, share / share_left, index.targets, subjects, seed)
+        parts.insert(0, chosen)
+        share_left -= share
+    parts = _mended([rest, *parts], index.targets, subjects)
+    return {split: index.subset(part) for split, part in zip(names, parts, strict=True)}
 
 
 def fold_splits(
@@ -171,45 +176,40 @@ def fold_splits(
     Each fold is the test split once; the rest is divided between train and val in the proportion of their `shares`.
     subjects: as in `stratified_split`.
     """
-    everything, val_share = np.arange(len(index)), shares[1] / (shares[0] + shares[1])
-
-    def draw(seed):
-        result = []
-        for test in _folds(everything, folds, index.targets, subjects, seed):
-            train, val = _take_share(np.setdiff1d(everything, test), val_share, index.targets, subjects, seed)
-            result.append({"train": index.subset(train), "val": index.subset(val), "test": index.subset(test)})
-        return result
-
-    return _first_complete(draw, seed, _max_draws(index, subjects, max(folds, len(SPLITS))))
+    everything, targets, val_share = np.arange(len(index)), index.targets, shares[1] / (shares[0] + shares[1])
+    result = []
+    for test in _mended(_folds(everything, folds, targets, subjects, seed), targets, subjects):
+        rest = _take_share(np.setdiff1d(everything, test), val_share, targets, subjects, seed)
+        parts = *_mended(rest, targets, subjects), test
+        result.append({split: index.subset(part) for split, part in zip(SPLITS, parts, strict=True)})
+    return result
 
 
-def _max_draws(index, subjects, number_of_splits):
-    """How often to draw. Another draw is useless without subjects, and for a class with fewer subjects than splits."""
-    if subjects is None:
-        return 1
-    fewest = min(len(np.unique(subjects[index.targets == c])) for c in range(len(index.classes)))
-    return MAX_DRAWS if fewest >= number_of_splits else 1
-
-
-def _first_complete(draw: Callable[[int], list[dict[str, ImageIndex]]], seed, draws):
-    """The first of `draws` draws, by seeds derived from `seed`, with every class in every split; else the last."""
-    for number in range(draws):
-        drawn = draw((seed + number * 1_000_003) % 2**32)
-        if all(index.counts().all() for splits in drawn for index in splits.values()):
-            break
-    return drawn
-
-
-def _draw_split(index, shares, seed, separate, subjects):
-    remaining_shares = [(split, share) for split, share in zip(SPLITS, shares, strict=True) if split not in separate]
-    rest, splits = np.arange(len(index)), {}
-    share_left = sum(share for _, share in remaining_shares)
-    for split, share in reversed(remaining_shares[1:]):
-        rest, chosen = _take_share(rest, share / share_left, index.targets, subjects, seed)
-        splits[split] = index.subset(chosen)
-        share_left -= share
-    splits["train"] = index.subset(rest)
-    return splits
+def _mended(parts, targets, subjects):
+    """Move single subjects, those with the fewest images first, into parts that lack their class, from parts that
+    lack nothing without them: subjects are drawn whole, so that a rare class can be missing. -> the parts, sorted"""
+    if subjects is None or all(len(np.unique(targets[part])) == len(np.unique(targets)) for part in parts):
+        return parts
+    part_of = {subject: number for number, part in enumerate(parts) for subject in np.unique(subjects[part]).tolist()}
+    positions = np.concatenate(parts)
+    pairs = np.unique(np.stack([subjects[positions], targets[positions]]), axis=1).T.tolist()
+    images, classes_of, subjects_of_class = Counter(subjects[positions].tolist()), defaultdict(list), defaultdict(list)
+    count = Counter()  # of (part, class): subjects
+    for subject, c in sorted(pairs, key=lambda pair: images[pair[0]]):
+        classes_of[subject].append(c)
+        subjects_of_class[c].append(subject)
+        count[part_of[subject], c] += 1
+    for number, c in itertools.product(range(len(parts)), subjects_of_class):
+        for subject in subjects_of_class[c]:
+            donor = part_of[subject]
+            if count[number, c]:
+                break
+            if all(count[donor, other] > 1 for other in classes_of[subject]):
+                part_of[subject] = number
+                count.subtract((donor, other) for other in classes_of[subject])
+                count.update((number, other) for other in classes_of[subject])
+    numbers = np.array([part_of[subject] for subject in subjects[positions].tolist()])
+    return [np.sort(positions[numbers == number]) for number in range(len(parts))]
 
 
 def _take_share(positions, share, targets, subjects, seed):

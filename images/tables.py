@@ -263,14 +263,16 @@ def _excel_rows(path) -> Iterator[list[str]]:
         book.close()
     except OSError as error:
         raise UserError(f"{FLAG}: {printable(path)} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, KeyError, IndexError, TypeError, SyntaxError, EOFError, _bad_zip_file()) as error:
+    except (ValueError, KeyError, IndexError, TypeError, SyntaxError, EOFError, RuntimeError, *_zip_errors()) as error:
         raise UserError(f"{FLAG}: {printable(path)} is not an Excel file ({first_line(error)})") from error
 
 
-def _bad_zip_file():
+def _zip_errors():
+    """What a damaged zip file raises besides built-in errors."""
     import zipfile
+    import zlib
 
-    return zipfile.BadZipFile
+    return zipfile.BadZipFile, zlib.error
 
 
 def _text_of_cell(value):

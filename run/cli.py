@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ from run.surroundings import (
 
 FLUSH_SECONDS = 2  # for the last lines to be written when the process ends
 THREAD_SECONDS = 2  # for all other threads to end
+EXIT_SECONDS = 10  # for libraries to end what they have started
 
 
 class UserError(Exception):
@@ -62,13 +64,11 @@ def run_command(
             return run(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
             # an error raised in a loader worker arrives with the traceback of that process in front of its text
-            print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-            return 2
+            return _print_error(str(error).rsplit("UserError: ", 1)[-1].strip())
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
+            return _print_error(f"{error.filename}: {error.strerror}")
         except Stopped as stop:
             print("stopped; resume with the same command", file=sys.stderr)
             return stop.status
@@ -77,11 +77,16 @@ def run_command(
             raise
 
 
+def _print_error(text):
+    print(f"error: {printable(text)}", file=sys.stderr)  # in one line, whatever the names of files are
+    return 2
+
+
 def end_process(status: int) -> NoReturn:
     """Leave the process after all its work: no signal changes its status any more, and nothing is waited for.
 
-    A thread that still reads a file from a disk that does not answer, or a reader of the log that does not read, would
-    keep the process for ever.
+    A thread that still reads a file from a disk that does not answer, a reader of the log that does not read, or a
+    process that a library waits for when Python ends, would keep the process for ever.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -101,6 +106,9 @@ def end_process(status: int) -> NoReturn:
         thread.join(THREAD_SECONDS / len(others))
     if flushing.is_alive() or any(t.is_alive() for t in others) or multiprocessing.active_children():
         os._exit(status)
+    last = threading.Timer(EXIT_SECONDS, os._exit, [status])
+    last.daemon = True
+    last.start()
     sys.exit(status)
 
 
@@ -151,6 +159,13 @@ def progress_bar(iterable: Iterable | None, title: str, unit: str = "batch", tot
 
     quiet, stream = is_follower() or not sys.stderr.isatty(), getattr(sys.stderr, "unlogged", sys.stderr)
     return tqdm(iterable, title, total, unit=unit, leave=False, dynamic_ncols=True, disable=quiet, file=stream)
+
+
+def printable(name: str) -> str:
+    """-> a name in one line, with escapes for control characters and for what is not valid UTF-8."""
+    if name.isprintable():  # nearly always
+        return name
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def first_line(error: BaseException) -> str:

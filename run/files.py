@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from run.cli import UserError
+from run.cli import UserError, printable
 
 HISTORY_COLUMNS = (
     "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_balanced_acc", "val_macro_f1",
@@ -88,13 +87,6 @@ def csv_writer(file: IO) -> Any:
 def valid_text(text: str) -> str:
     """-> `text` with escapes for what is not valid UTF-8, as in the name of a file from another system."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def printable(name: str) -> str:
-    """-> a name in one line, with escapes for control characters and for what is not valid UTF-8."""
-    if name.isprintable():  # nearly always
-        return name
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in name)
 
 
 def shortened(name: str, letters: int = 40) -> str:

@@ -18,6 +18,8 @@ from run.cli import UserError
 LOCK_FILE = ".lock"  # in the folder of a run
 # in the folder of a cross-validation: its flags and images, and its results
 FOLDS_FILE, FOLDS_RESULTS = "folds_begun.json", "folds.json"
+# any of these shows that a folder is that of runs: a copy may lack hidden files
+OF_RUNS = (LOCK_FILE, "*.pth", "args.json", FOLDS_FILE, "ablation.json")
 
 
 @contextmanager
@@ -30,10 +32,12 @@ def locked(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     lock_file = folder / LOCK_FILE
     is_first = not lock_file.exists()
-    lock = filelock.FileLock(lock_file, blocking=False, fallback_to_soft=False)
+    # kept on Windows too, where it would be deleted: it shows that the folder is that of a run
+    lock = filelock.FileLock(lock_file, blocking=False, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire()
-        lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with suppress(OSError):  # a full disk, or Windows, which lets nobody write to a locked file
+            lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except filelock.Timeout as error:
         holder = ""
         with suppress(OSError):  # some systems refuse to read a locked file
@@ -107,7 +111,7 @@ def open_or_create_folder(folder: str | Path, flag: str) -> Iterator[Path]:
         with new_folder(folder, flag) as folder:
             yield folder
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not list(folder.glob("*.pth")) + list(folder.glob(LOCK_FILE))):
+    if not folder.is_dir() or (any(folder.iterdir()) and not any(any(folder.glob(name)) for name in OF_RUNS)):
         raise UserError(f"{flag}: {folder} exists and is not the folder of a run; name another folder")
     with locked(folder):
         yield folder

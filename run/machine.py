@@ -51,7 +51,7 @@ def _device_of_rank(name):
         return "cpu"
     if name not in ("auto", "cuda"):
         raise UserError(
-            f"--device: {name} cannot be used by several processes; torchrun gives each its own GPU: omit it"
+            f"--device: {name} cannot be used by several processes; torchrun gives each its own GPU: pass --device auto"
         )
     if (gpus := torch.cuda.device_count()) < num_ranks_here():
         raise UserError(

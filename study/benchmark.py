@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -236,6 +235,8 @@ def measure_memory(device: torch.device) -> dict[str, float]:
 
     For a worker only the memory counts that it shares with no other process: the rest is in the process already.
     """
+    import resource  # which Windows lacks
+
     with tempfile.TemporaryDirectory() as folder:
         common.write_photos(Path(folder, "photos"), common.IMAGE_SIZE)
         cached = common.read_into_cache(Path(folder, "photos"), Path(folder, "cache"))

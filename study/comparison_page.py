@@ -153,8 +153,11 @@ def _bounded(table):
 
 
 def short_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """-> {folder: its path below the deepest folder that all of them share}"""
-    root = os.path.commonpath([folder.parent for folder in folders])
+    """-> {folder: its path below the deepest folder that all of them share, or its whole path if there is none}"""
+    try:
+        root = os.path.commonpath([folder.parent for folder in folders])
+    except ValueError:  # on several drives of Windows
+        return {folder: str(folder) for folder in folders}
     return {folder: os.path.relpath(folder, root) for folder in folders}
 
 

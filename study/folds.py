@@ -8,6 +8,7 @@ from pathlib import Path
 from evaluation import print_metrics
 from flag_checks import parse_flags
 from flag_queries import is_neutral, is_ordinal
+from flags import complete_flags
 from images.splits import index_data
 from images.table_state import table_digest
 from resume import run_folder
@@ -72,8 +73,9 @@ def check_and_record_folds(path: Path, args: argparse.Namespace) -> None:
     current = {"flags": vars(args), "images": images, "table": index and table_digest({"all": index})}
     previous = read_json(path) if path.exists() else current
     compared = {name: value for name, value in vars(args).items() if not is_neutral(name)}
+    previous_images = {name: previous[name] for name in ("images", "table") if name in previous}
     check_same_settings(
-        {**previous["flags"], **{name: previous[name] for name in ("images", "table") if name in previous}},
+        {**complete_flags(previous["flags"]), **previous_images},
         {**compared, "images": images, "table": current["table"]},
         "--run_dir",
         f"the cross-validation in {path.parent}",

@@ -98,6 +98,9 @@ class Search:
         self.failures: list[str] = []
         self.last_beat, self.storage_responds = 0.0, True
         self.study = self._open_study()
+        # left by an earlier search, or supervised by another one: the next beats tell which
+        self.found_running = {frozen.number: beat_of(frozen) for frozen in self.trials_in(TrialState.RUNNING)}
+        self.opened_at, self.waiting = time.monotonic(), ""  # waiting: what it waits for, in one line
 
     # ---------------------------------------------------------------------------------------------------- the flags
 
@@ -213,8 +216,11 @@ class Search:
         return bool(self.running) or is_waiting
 
     def _start_trials(self):
-        """-> whether a trial that no search supervises still has a process, which must end first."""
-        unsupervised = [frozen for frozen in self.trials_in(TrialState.RUNNING) if self._is_unsupervised(frozen)]
+        """-> whether there is something to wait for: the process of a trial that no search supervises, which must end
+        first, or a sign that another search supervises a trial."""
+        running = self.trials_in(TrialState.RUNNING)
+        unsupervised = [frozen for frozen in running if self._is_unsupervised(frozen)]
+        unclear = [frozen for frozen in running if self._is_silent(frozen) and frozen not in unsupervised]
         # processes whose search was killed save and end, then this search resumes their trials
         busy = [frozen for frozen in unsupervised if self._has_left_over(frozen)]
         free = [frozen for frozen in unsupervised if frozen not in busy]
@@ -225,7 +231,18 @@ class Search:
                 self._start(self._new_trial())
             else:
                 break
-        return bool(busy)
+        self._note_waiting([] if busy or self.running else unclear)
+        return bool(busy or unclear)
+
+    def _note_waiting(self, unclear):
+        was_waiting, self.waiting = self.waiting, ""
+        if unclear:
+            trials = ", ".join(
+                f"trial {frozen.number} of {owner_of(frozen) or 'an unknown search'}" for frozen in unclear
+            )
+            self.waiting = f"waiting up to {STALE_SECONDS} s for a sign that another search supervises {trials}"
+            if not was_waiting:
+                print(self.waiting)
 
     def _has_left_over(self, frozen):
         run_dir = frozen.user_attrs.get("run_dir")
@@ -235,11 +252,17 @@ class Search:
         """Whether no search supervises an unfinished trial any more."""
         if frozen.number in [running.trial.number for running in self.running]:
             return False
-        attrs = frozen.user_attrs
-        host, _, pid = attrs.get("owner", "").rpartition(":")
-        if attrs.get("beat") == 0 or (host == self.host and int(pid) != os.getpid() and not is_process(int(pid))):
+        beat = beat_of(frozen)
+        host, _, pid = owner_of(frozen).rpartition(":")
+        # its own process id says nothing: two containers can have the same host name, and their searches the same id
+        if beat == 0 or (host == self.host and int(pid) != os.getpid() and not is_process(int(pid))):
             return True
-        return time.time() - attrs.get("beat", frozen.datetime_start.timestamp()) > STALE_SECONDS
+        is_silent = self._is_silent(frozen) and time.monotonic() - self.opened_at > STALE_SECONDS
+        return is_silent or time.time() - beat > STALE_SECONDS  # is_silent: the clock of its machine may be ahead
+
+    def _is_silent(self, frozen):
+        """Whether a trial was running when this search began, and nobody has given a sign of supervising it since."""
+        return self.found_running.get(frozen.number) == beat_of(frozen)
 
     def _needs_more(self):
         done = self.trials_in(TrialState.COMPLETE)
@@ -346,8 +369,19 @@ class Search:
         name, trials = self.config.metric, self.study.get_trials(deepcopy=False)
         lines = [f"{name} of {self.num_trials} trials, study {self.study.study_name}, folder {self.folder}"]
         lines += [trial_line(trial, self.config) for trial in trials[-30:]]
+        lines += filter(None, [self.waiting, *self.pool.left_over.values()])
         sys.stdout.write("\033[H\033[J" + "\n".join(lines) + "\n")
         sys.stdout.flush()
+
+
+def owner_of(frozen: FrozenTrial) -> str:
+    """-> "host:pid" of the search that has started a trial; "" if it was killed before it noted that."""
+    return frozen.user_attrs.get("owner", "")
+
+
+def beat_of(frozen: FrozenTrial) -> float:
+    """-> when a search last noted that it supervises a trial; 0 if it noted that it no longer does."""
+    return frozen.user_attrs.get("beat", frozen.datetime_start.timestamp())
 
 
 def sqlite_url(path: Path) -> str:

@@ -27,10 +27,19 @@ RESERVED_FLAGS = frozenset({
     "run_dir", "resume", "auto_resume", "output_dir", "eval_only", "check_data", "demo", "folds", "fold",
 })  # fmt: skip
 SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 POLL_SECONDS = 1
 STOP_SECONDS = 300  # for a process to save and end; after that it is killed
 ANSWER_SECONDS = 10  # for a database to answer after a signal, once all processes have ended
+
+
+def check_system() -> None:
+    """Raise UserError on Windows, where a process cannot be asked to save and end."""
+    if sys.platform == "win32":
+        raise UserError(
+            "search.py and ablate.py need Linux or macOS, as they stop and resume trainings by signals; "
+            "on Windows, run them in the Windows Subsystem for Linux (WSL)"
+        )
 
 
 def refuse_flags(words: list[str], refused: Collection[str], reason: str = SET_PER_RUN) -> None:
@@ -121,7 +130,8 @@ class ProcessPool:
         self.processes: list[TrialProcess] = []  # started and not released yet
         self.is_stopping = False
         self._ended_at: float | None = None  # when all had ended after a signal
-        self._asked_to_end: set[str] = set()  # folders whose left-over process was asked to end
+        self.left_over: dict[str, str] = {}  # folders for which the last `poll` waits: what is waited for, in one line
+        self._asked_at: dict[str, float] = {}  # when the left-over process of a folder was asked to end
 
     def num_free(self) -> int:
         """Number of slots without a process."""
@@ -143,7 +153,7 @@ class ProcessPool:
 
         After a signal, all processes are asked to save and end, and `is_stopping` is set: `poll` starts no more then.
         No process outlives this call. Raises Stopped after a signal, once all have ended, also if `poll` waits for a
-        database that does not answer.
+        database that does not answer. Raises UserError if nothing is left but a process that does not end.
         """
         with signals.deferred():
             try:
@@ -151,7 +161,10 @@ class ProcessPool:
                 while has_more:
                     if signals.stopped:
                         self.stop_all()
+                    self.left_over.clear()
                     has_more = call_in_thread(poll, lambda: self._look_after(signals))
+                    if has_more and not self.processes:
+                        self._check_left_over()
                     time.sleep(POLL_SECONDS if has_more else 0)
             finally:
                 self.stop_all()
@@ -184,17 +197,30 @@ class ProcessPool:
     def stop_left_over(self, run_dir: str | Path) -> bool:
         """Whether a process that nobody supervises any more, as its program was killed, still works in a run's folder.
 
-        It is asked, once, to save and end; the run can be resumed when it has.
+        It is asked, once, to save and end; the run can be resumed when it has. `supervise` waits `STOP_SECONDS` for it.
         """
-        if not is_in_use(run_dir):
+        folder = str(run_dir)
+        if not is_in_use(folder):
+            self._asked_at.pop(folder, None)
             return False
-        if str(run_dir) not in self._asked_to_end:
-            self._asked_to_end.add(str(run_dir))
-            with suppress(OSError):
-                holder = re.match(r"process (\d+) on (.*)", Path(run_dir, LOCK_FILE).read_text())
-                if holder and holder[2] == socket.gethostname():
-                    os.kill(int(holder[1]), signal.SIGTERM)
+        holder = _holder_of(folder)
+        self.left_over[folder] = f"waiting for {holder}, which still works in {folder}"
+        if folder not in self._asked_at:
+            self._asked_at[folder] = time.monotonic()
+            print(self.left_over[folder])
+            names = re.match(r"process (\d+) on (.*)", holder)
+            if names and names[2] == socket.gethostname():
+                with suppress(OSError):
+                    os.kill(int(names[1]), signal.SIGTERM)
         return True
+
+    def _check_left_over(self):
+        for folder in self.left_over:
+            if time.monotonic() - self._asked_at[folder] > STOP_SECONDS:
+                raise UserError(
+                    f"{folder} is in use by {_holder_of(folder)}, which has not ended within {STOP_SECONDS / 60:.0f} "
+                    "minutes; stop it, then repeat this command"
+                )
 
 
 def log_of(run_dir: str | Path) -> Path:
@@ -211,6 +237,13 @@ def is_in_use(run_dir: str | Path) -> bool:
             return False
     except UserError:
         return True
+
+
+def _holder_of(run_dir):
+    """-> the process that works in a run's folder, in words"""
+    with suppress(OSError):  # some systems refuse to read a locked file
+        return Path(run_dir, LOCK_FILE).read_text().strip() or "another process"
+    return "another process"
 
 
 def keep_best_model_only(run_dir: str | Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flag_queries import is_neutral, text_of
-from flags import build_parser
+from flags import build_parser, complete_flags
 from run.cli import UserError
 from run.files import read_json, read_rows
 from run.folder import FOLDS_FILE, FOLDS_RESULTS
@@ -126,7 +126,8 @@ def group_records(records: Sequence[RunRecord]) -> list[RunGroup]:
     """-> groups of runs with the same flags and classes, best validation balanced accuracy first."""
     by_flags = {}
     for record in records:
-        flags = {n: v for n, v in record.args.items() if not is_neutral(n) and n not in NOT_COMPARED}
+        flags = complete_flags(record.args)
+        flags = {n: v for n, v in flags.items() if not is_neutral(n) and n not in NOT_COMPARED}
         by_flags.setdefault(json.dumps(flags, sort_keys=True), []).append(record)
     flags_of_groups = [json.loads(key) for key in by_flags]
     names = dict.fromkeys(name for flags in flags_of_groups for name in flags)

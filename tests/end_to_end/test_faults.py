@@ -321,6 +321,17 @@ def test_on_a_full_disk_training_continues_and_saving_is_retried(data_dir, tmp_p
     assert differences(tmp_path / "uninterrupted", tmp_path / "run") == []
 
 
+def test_a_plot_that_cannot_be_written_costs_no_results(data_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("curves.png", "confusion_matrix.png"):
+        (run / name).mkdir(parents=True)
+    (run / "args.json").touch()
+    assert run_main("--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", run, "--auto_resume") == 0
+    out = capsys.readouterr().out
+    assert "warning: no curves.png (" in out and "warning: no confusion_matrix.png (" in out
+    assert (run / "results.json").exists() and (run / "report.html").exists()
+
+
 def test_a_disk_that_stays_full_is_an_error_and_the_run_can_be_resumed(
     data_dir, tmp_path, full_disk, monkeypatch, capsys
 ):

@@ -139,6 +139,20 @@ def test_a_signal_waits_only_briefly_for_a_server_that_hangs(tmp_path, data_dir,
     assert "W&B: not everything was uploaded" in out and "stopped; resume with" in err
 
 
+def test_results_do_not_wait_for_a_server_that_hangs(tmp_path, data_dir, server):
+    env = {"cwd": tmp_path, **server.environment}
+    process = start_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 3, "--run_dir", tmp_path / "run", **env)
+    while "W&B: http" not in process.stdout.readline():
+        assert process.poll() is None
+    server.hanging = True
+    while not process.stdout.readline().startswith("results saved"):
+        assert process.poll() is None
+    assert (tmp_path / "run" / "results.json").exists()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 def run_printed_sync(out, env, folder):
     (line,) = [line for line in out.splitlines() if "wandb sync" in line]
     command = shlex.split(line.partition("wandb login && ")[2])

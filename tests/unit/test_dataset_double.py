@@ -94,6 +94,15 @@ def test_progressive_sampling_goes_from_image_shares_to_balanced_classes():
     assert [sampler.shares(epoch).round(3).tolist() for epoch in (0, 2, 4)] == [[0.8, 0.2], [0.65, 0.35], [0.5, 0.5]]
 
 
+def test_shares_that_are_no_whole_numbers_of_images_are_exact_on_average():
+    sampler = ClassSampler(AugmentedSkinDataset(DoubleSkinDataset(index_of([3, 2]), 8), 1), "balanced", 4, seed=0)
+    numbers = []
+    for epoch in range(400):
+        sampler.set_epoch(epoch)
+        numbers.append(sum(position % 5 < 3 for position in sampler))
+    assert set(numbers) == {2, 3} and np.mean(numbers) == pytest.approx(2.5, abs=0.1)
+
+
 def test_draws_depend_on_seed_and_epoch_and_can_start_in_the_middle():
     train_set = AugmentedSkinDataset(DoubleSkinDataset(index_of([80, 20]), 8), 1)
 

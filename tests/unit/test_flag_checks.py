@@ -175,6 +175,22 @@ def test_args_json_of_a_run_is_a_config_but_for_what_concerns_only_that_run(data
     assert parse_flags([*config, "--output_dir", "runs/"]).output_dir == "runs/"
 
 
+def test_splits_beside_the_data_of_a_config_give_way_to_other_data(tmp_path, write_config):
+    for name in ("a/train", "a/val", "a/test", "b/train", "b/val", "b/test", "c", "clinic"):
+        (tmp_path / name / "0").mkdir(parents=True)
+    trained = vars(parse_flags(["--data_dirs", str(tmp_path / "a")]))
+    assert trained["val_dirs"] == [str(tmp_path / "a" / "val")]
+    config = write_config(json.dumps(trained), "args.json")
+    assert parse_flags(config).val_dirs == trained["val_dirs"]
+    args = parse_flags([*config, "--data_dirs", str(tmp_path / "b")])
+    assert (args.val_dirs, args.test_dirs) == ([str(tmp_path / "b" / "val")], [str(tmp_path / "b" / "test")])
+    args = parse_flags([*config, "--data_dirs", str(tmp_path / "c")])
+    assert (args.val_dirs, args.test_dirs) == (None, None)
+    config = write_config(json.dumps({**trained, "test_dirs": [str(tmp_path / "clinic")]}), "args.json")
+    args = parse_flags([*config, "--data_dirs", str(tmp_path / "b" / "train")])
+    assert (args.val_dirs, args.test_dirs) == (None, [str(tmp_path / "clinic")])
+
+
 @pytest.mark.parametrize(
     "text, message",
     {

@@ -1,6 +1,7 @@
 """Prediction with the thin network of a finished run."""
 
 import os
+import tracemalloc
 import weakref
 from dataclasses import replace
 
@@ -13,9 +14,12 @@ from PIL import Image
 import inference
 from engine import Engine
 from flags import build_parser
-from inference import find_checkpoints, load
+from images.photographs import find_photographs
+from inference import Prediction, find_checkpoints, load
 from metrics import summary_metrics
 from model import load_checkpoint
+from predict import Truth
+from predict import build_parser as build_predict_parser
 from run.cli import UserError
 from run.files import read_json, read_predictions, read_rows, write_json
 from run.folder import FOLDS_FILE
@@ -326,16 +330,29 @@ def test_classes_with_few_validation_images_are_named(grade, photographs, capsys
 
 
 def test_sets_follow_the_adjustment_but_not_the_mirror_image(finished_run, photographs):
-    sets = {
-        options: [p.prediction_set for p in load(finished_run, "cpu", coverage=0.5, **dict(options))(photographs)]
-        for options in ((), (("tta", True),))
-    }
-    assert sets[()] == sets[("tta", True),]
-    plain, adjusted = (load(finished_run, "cpu", coverage=0.5, adjusted=value) for value in (False, True))
-    stored = {}
-    for name, grade in (("plain", plain), ("adjusted", adjusted)):
-        stored[name] = grade.prediction_sets._tables[0][0][0]
-    assert (stored["plain"] != stored["adjusted"]).any()
+    plain, adjusted = (load(finished_run, "cpu", adjusted=value) for value in (False, True))
+    assert (plain.prediction_sets._tables[0][0][0] != adjusted.prediction_sets._tables[0][0][0]).any()
+    for grade in (plain, adjusted):
+        expected, computed_from = probabilities_in(grade(photographs)), []
+        grade.tta = True
+        grade.prediction_sets = lambda probabilities, seen=computed_from: seen.extend(probabilities) or probabilities[0]
+        assert (probabilities_in(grade(photographs)) != expected).any()
+        assert np.array_equal(computed_from, [expected])
+
+
+def test_against_labels_4_bytes_per_photograph_and_class_are_kept(grade, photographs, tmp_path):
+    (tmp_path / "t.csv").write_text("image,label\n000.png,0\n")
+    flags = ["runs/x", "--images", *photographs, "--labels", str(tmp_path / "t.csv")]
+    paths, count = find_photographs(photographs, "--images"), 5000
+    truth = Truth(build_predict_parser().parse_args(flags), grade, paths)
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            truth.cells(Prediction(photographs[0], "0", 0.5, np.array([0.5, 0.25, 0.25], np.float32)))
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 1.2 * count * (4 * len(CLASSES) + 8)  # and a pointer to its position in the table
 
 
 # ------------------------------------------------------------------------------------------------------- the machine

@@ -194,6 +194,7 @@ def test_the_calibration_error_lies_in_its_interval():
     metrics = full_metrics(targets, probabilities, "abc", [9, 9, 9], resamples=200)
     low, high = metrics["ece_ci"]
     assert 0 <= low < metrics["ece"] < high
+    assert (low + high) / 2 == pytest.approx(metrics["ece"], abs=(high - low) / 10)
     assert metrics["nll"] == pytest.approx(sk.log_loss(targets, probabilities))
 
 

@@ -93,5 +93,6 @@ def test_a_profile_is_described_with_what_becomes_of_the_colors():
         assert describe_profile(rgb_profile("p3"), mode).endswith(", converted to sRGB")
     assert describe_profile(cmyk_profile(), "CMYK").endswith(", converted to sRGB")
     assert describe_profile(cmyk_profile(), "RGB").endswith("not used: it is of other colors than the image")
-    assert describe_profile(b"garbage", "RGB") == "cannot be read, not used"
+    for broken in (b"garbage", srgb[:16] + b"\xd2GB " + srgb[20:]):  # the name of a color space is ASCII
+        assert describe_profile(broken, "RGB") == "cannot be read, not used"
     assert describe_profile(bytes(MAX_PROFILE_BYTES + 1), "RGB") == "too large, not used"

@@ -24,7 +24,7 @@ def write_tiff(path, data, bits, order="<", **tags):
     entries[273] = 8 + 2 + 12 * (len(entries) + 1) + 4
     out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}LH", 8, len(entries))
     for tag, value in sorted(entries.items()):
-        is_long = tag in (273, 279)
+        is_long = tag in (273, 279, 341)
         out += struct.pack(f"{order}HHL", tag, 4 if is_long else 3, 1)
         out += struct.pack(f"{order}L", value) if is_long else struct.pack(f"{order}HH", value, 0)
     path.write_bytes(out + bytes(4) + data)
@@ -76,6 +76,27 @@ def test_float_and_signed_and_32_bit_values(tmp_path, kind, dtype, scale, white_
     data, bits = ramp.astype(f"<{dtype}").tobytes(), 8 * int(dtype[1])
     write_tiff(tmp_path / "i.tif", data, bits, t262=int(not white_is_zero), t339=kind)
     check_ramp(tmp_path / "i.tif")
+
+
+@pytest.mark.parametrize("kind, bits", [(1, 32), (2, 31)])
+def test_32_bit_values_above_65535_are_not_clipped(tmp_path, kind, bits):
+    """White is the largest value of as many bits as stated, of 32 otherwise."""
+    write_tiff(tmp_path / "i.tif", values(bits), 32, t339=kind)
+    check_ramp(tmp_path / "i.tif")
+    for stated in (20, bits):
+        write_tiff(tmp_path / "i.tif", values(stated), 32, t339=kind, t341=2**stated - 1)
+        check_ramp(tmp_path / "i.tif")
+    write_tiff(tmp_path / "i.tif", values(20), 32, t339=kind)
+    assert decode(tmp_path / "i.tif", 32)[1][1] & TOO_DARK
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_black_and_changes_no_other(tmp_path, value):
+    ramp = RAMP.astype("<f4")
+    ramp[0] = value
+    write_tiff(tmp_path / "i.tif", ramp.tobytes(), 32, t339=3)
+    pixels = np.asarray(load_image(tmp_path / "i.tif"))[..., 0]
+    assert (pixels[0] == 0).all() and np.abs(pixels[1:] - RAMP[1:] * 255).max() <= 1
 
 
 def test_a_maximum_below_the_values_or_of_zero_is_not_believed(tmp_path):

@@ -80,7 +80,7 @@ def test_a_folder_that_a_run_has_only_begun_is_passed_over(tmp_path, capsys):
         (["cv/folds_begun.json", "cv/a.png"], "run folders"),
         (["runs/readme.txt", "runs/sorted/a/.lock"], "run folders"),
         (["cache/64px_v2/index.npz", "cache/64px_v2/ab.pixels", "cache/128px_v3/lock"], "image caches"),
-        (["64px_v2/lock"], "image caches"),
+        (["64px_v2/lock", "64px_pad_v3/index.npz"], "image caches"),
         (["wandb/run-20260101_120000-ab/files/media/images/a.png", "wandb/debug.log"], "W&B folders"),
         (["logs/offline-run-20260101_120000-ab/files/media/images/a.png"], "W&B folders"),
     ],

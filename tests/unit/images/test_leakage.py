@@ -5,6 +5,7 @@ import json
 import signal
 import time
 import tracemalloc
+import unicodedata
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,7 +20,9 @@ from images.folders import ImageIndex
 from images.leakage import (
     check_subjects,
     near_duplicates,
+    num_trained_on,
     subject_ids,
+    subjects_of,
     warn_of_grouped_names,
     warn_of_near_duplicates,
 )
@@ -35,10 +38,37 @@ def test_a_subject_is_what_the_first_group_matches_in_the_file_name():
         subject_ids(paths, "left")
 
 
+def test_a_subject_is_the_same_in_both_spellings_of_hangul():
+    """Files from macOS have names of parts of letters (NFD), those from elsewhere of whole ones (NFC)."""
+    whole, parts = (unicodedata.normalize(form, "김철수") for form in ("NFC", "NFD"))
+    paths = [f"/{name}_{number}.jpg" for number, name in enumerate((whole, "김민수", parts))]
+    assert subject_ids(paths, "^([가-힣]+)_").tolist() == subject_ids(paths, f"{parts}|김민수").tolist() == [1, 0, 1]
+    index = ImageIndex(paths, np.zeros(3, int), ["a"], columns={"name": [whole, "", parts]}, subject_column="name")
+    ids = subjects_of(index, None)
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_a_subject_in_two_splits_is_an_error():
     train, val = (ImageIndex([path], np.array([0]), ["a"]) for path in ("/x/p1_a.png", "/y/p1_b.png"))
     with pytest.raises(UserError, match=r"subject 'p1' is in two splits: /x/p1_a.png \(train\) and /y/p1_b.png"):
         check_subjects({"train": train, "val": val}, r"^(p\d)")
+
+
+def test_an_image_that_was_trained_on_has_the_same_name_and_size(tmp_path):
+    for name, size in (("a.jpg", 10), ("b.jpg", 11), ("c.jpg", 10)):
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = [str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "none.jpg")]
+    names = {"train": ["/x/a.jpg", "/x/b.jpg", "/x/none.jpg"], "val": ["/x/c.jpg"]}
+    sizes = {"train": np.array([10, 10, 10]), "val": np.array([10])}
+    assert num_trained_on(paths, [{"splits": names, "file_sizes": sizes}]) == 1
+    from_macos = {
+        "splits": {"train": [unicodedata.normalize("NFD", "a/가.jpg")]},
+        "file_sizes": {"train": np.array([4])},
+    }
+    (tmp_path / "가.jpg").write_bytes(bytes(4))
+    assert num_trained_on([str(tmp_path / "가.jpg")], [from_macos]) == 1
+    other = {"splits": {"train": ["b.jpg"]}, "file_sizes": {"train": np.array([11])}}
+    assert num_trained_on(paths, [{"splits": names, "file_sizes": sizes}, other]) == 2
 
 
 @pytest.mark.parametrize(

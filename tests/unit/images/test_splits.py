@@ -52,12 +52,26 @@ def test_small_shares_of_subjects_are_nearly_kept(shares):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_rare_class_of_few_subjects_is_in_every_split_if_possible(seed):
-    index, subjects = index_of([300, 8]), np.r_[np.arange(300) // 5, 60 + np.arange(8) // 2]  # the second: 4 subjects
+    # 60 subjects of the first class, 4 of each other one
+    index, subjects = index_of([300, 8, 8]), np.r_[np.arange(300) // 5, 60 + np.arange(16) // 2]
     folds = fold_splits(index, 4, [0.6, 0.2, 0.2], seed, subjects)
     for splits in [stratified_split(index, [0.6, 0.2, 0.2], seed, subjects=subjects), *folds]:
         assert all(chosen.counts().all() for chosen in splits.values())
     tested = [path for splits in folds for path in splits["test"].paths]
     assert sorted(tested) == sorted(index.paths)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_subject_is_moved_to_a_split_that_lacks_its_class(seed):
+    """With 3 subjects of each of two classes, what is drawn never has both in every split."""
+    index, subjects = index_of([240, 120, 40, 12, 12]), np.arange(424) // 4
+    splits = stratified_split(index, [0.6, 0.2, 0.2], seed, subjects=subjects)
+    assert all(chosen.counts().all() for chosen in splits.values())
+    number = dict(zip(index.paths, subjects.tolist(), strict=True))
+    found = [{number[path] for path in chosen.paths} for chosen in splits.values()]
+    assert sum(map(len, found)) == len(set.union(*found)) == 106
+    assert sorted(path for chosen in splits.values() for path in chosen.paths) == sorted(index.paths)
+    assert len(splits["test"]) == pytest.approx(0.2 * 424, abs=9)
 
 
 @pytest.mark.parametrize("subjects", [None, np.arange(100) // 2])

@@ -1,5 +1,7 @@
 """Tables of labels: separators, encodings, Excel, and what is no table."""
 
+import re
+import struct
 import sys
 import tracemalloc
 from zipfile import ZipFile
@@ -130,6 +132,23 @@ def test_excel_files_are_read_with_openpyxl(tmp_path, capsys):
                 other.writestr(name, content)
                 assert name != "xl/worksheets/sheet1.xml" or stated in content
         assert read_tables([tmp_path / "stated.xlsx"]).columns == table.columns
+
+
+@pytest.mark.parametrize("field, value", [(8, 1), (10, 99), (None, 255)])
+def test_a_damaged_excel_file_is_refused(tmp_path, field, value):
+    """Its entries claim to be encrypted, or to be compressed by an unknown method, or cannot be decompressed."""
+    openpyxl = pytest.importorskip("openpyxl")
+    path, book = tmp_path / "t.xlsx", openpyxl.Workbook()
+    book.active.append(["image", "label"])
+    book.save(path)
+    content = bytearray(path.read_bytes())
+    for entry in re.finditer(b"PK\1\2", bytes(content)):
+        (header,) = struct.unpack_from("<L", content, entry.start() + 42)
+        first_byte = header + 30 + sum(struct.unpack_from("<HH", content, header + 26))
+        content[first_byte if field is None else entry.start() + field] = value
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"t.xlsx is not an Excel file \("):
+        read_tables([path])
 
 
 def test_without_openpyxl_an_excel_file_names_the_package(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from flag_checks import explicit_flags, parse_flags
 from flags import build_parser
-from run.cli import Parser, PathsAction, UserError, number
+from run.cli import Parser, PathsAction, UserError, number, run_command
 
 # {flag: (its value in the YAML file, what main.py reads)}
 VALUES = {
@@ -97,3 +97,13 @@ def test_patterns_of_paths_are_expanded_where_the_shell_does_not_do_it(platform,
     found = parser.parse_args(["other", "run_?", "run_[1]", "run_[*", "none_*"]).paths
     matches = ["run_a", "run_b"] if is_expanded else ["run_?"]
     assert found == ["other", *matches, "run_[1]", "run_[1]" if is_expanded else "run_[*", "none_*"]
+
+
+@pytest.mark.parametrize("error", [UserError("--images: a\nerror: b.jpg"), OSError(2, "gone", "a\nerror: b.jpg")])
+def test_an_error_is_one_line_whatever_the_names_of_files_are(error, capsys):
+    def run(argv):
+        raise error
+
+    assert run_command(run, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "a\\nerror: b.jpg" in line

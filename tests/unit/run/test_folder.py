@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -14,7 +15,7 @@ from helpers import ROOT
 import run.folder
 import run.saver
 from run.cli import UserError
-from run.folder import locked, new_folder, timestamped
+from run.folder import locked, new_folder, open_or_create_folder, timestamped
 
 
 def test_a_file_system_without_locks_gives_a_warning_only(copied_run, monkeypatch, capsys):
@@ -25,6 +26,28 @@ def test_a_file_system_without_locks_gives_a_warning_only(copied_run, monkeypatc
     for _ in range(2):
         with locked(copied_run):
             assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_lock_into_which_nothing_can_be_written_is_a_lock_all_the_same(copied_run, monkeypatch, capsys):
+    """Windows refuses to write to a locked file."""
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with locked(copied_run), pytest.raises(UserError, match="is in use by"), locked(copied_run):
+        pass
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["args.json", "folds_begun.json", "ablation.json", "last_model.pth", ".lock"])
+def test_a_folder_of_runs_is_recognized_without_its_hidden_files(tmp_path, name):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not the folder of a run"), open_or_create_folder(tmp_path, "--run_dir"):
+        pass
+    (tmp_path / name).touch()
+    with open_or_create_folder(tmp_path, "--run_dir") as folder:
+        assert folder == tmp_path
 
 
 def test_a_process_that_loses_the_race_for_a_new_folder_leaves_it_intact(tmp_path, monkeypatch):

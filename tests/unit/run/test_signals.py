@@ -108,3 +108,9 @@ with Signals() as signals:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 143
         assert process.stderr.read() == b"stopped; resume with the same command\n"
+
+
+def test_what_a_library_waits_for_when_python_ends_does_not_keep_the_process():
+    script = "import atexit, threading, run.cli\nrun.cli.EXIT_SECONDS = 0.1\natexit.register(threading.Event().wait)"
+    done = subprocess.run([sys.executable, "-c", f"{script}\nrun.cli.end_process(3)"], cwd=ROOT, timeout=20)
+    assert done.returncode == 3

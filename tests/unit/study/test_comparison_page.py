@@ -1,11 +1,15 @@
 """comparison.html: what it says of which runs, whatever their names and number."""
 
+import ntpath
 import re
+from pathlib import PureWindowsPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import write_run_folder
 
+import study.comparison_page
 from run.cli import UserError
 from study.comparison_page import NUM_NAMED, check_own_page, short_names, write_comparison_page
 from study.run_records import read_records
@@ -88,3 +92,9 @@ def test_names_in_a_chart_keep_their_ends(tmp_path):
 def test_short_names_tell_folders_apart(tmp_path):
     folders = [tmp_path / "cv" / "fold_0", tmp_path / "other" / "fold_0", tmp_path / "run"]
     assert list(short_names(folders).values()) == ["cv/fold_0", "other/fold_0", "run"]
+
+
+def test_folders_on_several_drives_of_windows_keep_their_whole_paths(monkeypatch):
+    monkeypatch.setattr(study.comparison_page, "os", SimpleNamespace(path=ntpath))
+    folders = [PureWindowsPath(r"C:\runs\a"), PureWindowsPath(r"D:\runs\b")]
+    assert list(short_names(folders).values()) == [r"C:\runs\a", r"D:\runs\b"]

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import sqlite3
 import threading
 import time
@@ -11,13 +12,14 @@ from contextlib import closing
 import pytest
 import sqlalchemy
 import yaml
+from optuna.trial import TrialState
 
 import study.process
 from flags import build_parser
 from run.cli import UserError
 from run.folder import locked
 from run.signals import Signals, Stopped
-from study.optuna_search import IN_USE, Search, is_process, run_search, sqlite_url
+from study.optuna_search import IN_USE, STALE_SECONDS, Search, is_process, run_search, sqlite_url
 from study.sweep_yaml import read_sweep
 
 SWEEP = {
@@ -114,6 +116,48 @@ def test_a_signal_ends_the_wait_for_a_locked_database_at_once(tmp_path):
         with pytest.raises(Stopped):
             run_search(args, ["--data_dirs", "a"])
         assert time.monotonic() - started < 3
+
+
+def left_trial(folder, owner):
+    """A trial of a search that may have been killed just now."""
+    trial = open_search(folder, "--data_dirs", "a")._new_trial()
+    for name, value in {"run_dir": str(folder / "found" / "trial_0000"), "owner": owner, "beat": time.time()}.items():
+        trial.set_user_attr(name, value)
+    return trial
+
+
+@pytest.mark.parametrize("owner", [f"{socket.gethostname()}:{os.getpid()}", "another:17"])
+def test_a_restarted_search_resumes_its_trial_even_if_that_may_be_of_another_search(
+    tmp_path, monkeypatch, capsys, owner
+):
+    """A restarted container has the same process id or another host name."""
+    monkeypatch.setattr(study.process, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(study.process, "MAIN", tmp_path / "program.py")
+    (tmp_path / "program.py").write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--run_dir') + 1])\n"
+        "folder.mkdir()\n"
+        "(folder / 'history.csv').write_text('epoch,val_balanced_acc\\n0,0.5\\n')\n"
+    )
+    left_trial(tmp_path, owner)
+    search = open_search(tmp_path, "--data_dirs", "a")
+    assert search._poll() and search._poll() and not search.pool.processes
+    out = capsys.readouterr().out
+    assert out == f"waiting up to 120 s for a sign that another search supervises trial 0 of {owner}\n"
+    search.opened_at -= STALE_SECONDS  # the wait is over, also if the clock of the other machine is ahead
+    with Signals() as signals:
+        search.run_trials(signals)
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE]
+
+
+def test_a_search_waits_for_no_trial_that_another_one_supervises_and_after_a_signal_for_none(tmp_path):
+    trial = left_trial(tmp_path, "another:17")
+    search, stopped = (open_search(tmp_path, "--data_dirs", "a") for _ in range(2))
+    assert search._poll() and stopped._poll()
+    stopped.pool.stop_all()
+    assert not stopped._poll()
+    trial.set_user_attr("beat", time.time() + 1)
+    assert not search._poll() and not search.pool.processes
 
 
 def test_a_trial_whose_folder_is_in_use_is_recognized_by_the_error_of_main(tmp_path):

@@ -1,5 +1,6 @@
 """The command lines of child processes, and how the pool starts, stops and awaits them."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -7,11 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import wait_for
+from helpers import ROOT, wait_for
 
+import ablate
+import search
 import study.process
 from run.cli import UserError
 from run.folder import locked
@@ -153,6 +157,31 @@ def test_a_left_over_process_is_asked_once_to_end(tmp_path):
     assert not pool.stop_left_over(tmp_path) and not pool.stop_left_over(tmp_path / "gone")
 
 
+def test_a_left_over_process_that_does_not_end_is_an_error_once_all_others_have_ended(
+    program, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(study.process, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(study.process, "STOP_SECONDS", 0)
+    program.touch()
+    (tmp_path / "stuck").mkdir()
+    pool, polls = ProcessPool(1), iter(range(200))
+    process = pool.start([], tmp_path / "a")
+
+    def poll():
+        if process in pool.processes and process.status is not None:
+            pool.release(process)
+        return pool.stop_left_over(tmp_path / "stuck") and next(polls, None) is not None
+
+    with locked(tmp_path / "stuck"):
+        (tmp_path / "stuck" / ".lock").write_text("process 17 on another\n")
+        error = r"stuck is in use by process 17 on another, which has not ended within"
+        with pytest.raises(UserError, match=error), Signals() as signals:
+            pool.supervise(poll, signals)
+    assert process.status == 0
+    waiting = f"waiting for process 17 on another, which still works in {tmp_path / 'stuck'}\n"
+    assert capsys.readouterr().out == waiting
+
+
 def test_the_lock_names_its_process_as_the_pool_reads_it(tmp_path):
     with locked(tmp_path):
         assert re.match(r"process (\d+) on (.*)", (tmp_path / ".lock").read_text())[1] == str(os.getpid())
@@ -179,3 +208,21 @@ def test_only_the_best_model_of_a_finished_run_is_kept(tmp_path):
         (tmp_path / name).touch()
     keep_best_model_only(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"best_model.pth", "history.csv"}
+
+
+@pytest.mark.parametrize("command, flags", [(search, ["sweep.yaml"]), (ablate, ["--epochs", "1"])])
+def test_on_windows_the_commands_say_where_to_run_them(monkeypatch, capsys, command, flags):
+    monkeypatch.setattr(study.process, "sys", SimpleNamespace(platform="win32"))
+    assert command.main(flags) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and error.endswith("run them in the Windows Subsystem for Linux (WSL)")
+
+
+@pytest.mark.parametrize("name", ["process", "optuna_search", "benchmark"])
+def test_modules_are_imported_where_the_system_lacks_signals_and_resource(monkeypatch, name):
+    """As Windows does."""
+    for missing in ("SIGHUP", "SIGKILL"):
+        monkeypatch.delattr(signal, missing)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location(f"copy_of_{name}", ROOT / "study" / f"{name}.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import write_run_folder
 
+from flags import build_parser
 from run.cli import UserError
 from run.folder import FOLDS_FILE
 from study.run_records import fold_folders, group_records, is_cross_validation, read_record, read_records
@@ -68,6 +69,15 @@ def test_runs_of_other_classes_are_not_pooled(tmp_path):
     groups = group_records(read_records([third, first, second]))
     assert [[run.folder.name for run in group.runs] for group in groups] == [["first", "third"], ["second"]]
     assert len({group.title for group in groups}) == 2
+
+
+def test_a_run_that_is_older_than_a_flag_belongs_to_those_with_its_default(tmp_path):
+    default = build_parser().get_default("gamma")
+    write_run_folder(tmp_path / "old", TARGETS, RIGHT)
+    for name, gamma in {"same": default, "other": default + 1}.items():
+        write_run_folder(tmp_path / name, TARGETS, RIGHT, gamma=gamma)
+    groups = group_records(read_records([tmp_path / name for name in ("old", "same", "other")]))
+    assert {group.title: len(group.runs) for group in groups} == {f"--gamma {default}": 2, f"--gamma {default + 1}": 1}
 
 
 def test_the_title_of_a_group_has_the_flags_that_are_set_as_they_are_written(tmp_path):
