@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from flag_queries import corrects_by_loss, corrects_by_sampling, corrects_twice, scaled_learning_rate
 from flags import FROM_SCRATCH, complete_flags
 from metrics import wilson_interval
-from run.cli import attempt
-from run.files import printable, read_json, read_rows
+from run.cli import attempt, printable
+from run.files import read_json, read_rows
 from run.saver import BEST
 from run.surroundings import command_line, start_of_command
 

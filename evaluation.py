@@ -27,9 +27,9 @@ from metrics import format_with_interval, full_metrics
 from model import load_checkpoint, save_checkpoint, weights_do_not_fit
 from pages import VARIANTS, write_report
 from plots import plot_confusion_matrix
-from run.cli import UserError, attempt
+from run.cli import UserError, attempt, printable
 from run.environment import write_environment
-from run.files import printable, write_json, write_predictions
+from run.files import write_json, write_predictions
 from run.log import start_log
 from run.machine import name_hardware_errors
 from run.progress import Progress

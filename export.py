@@ -129,7 +129,7 @@ def check(output: Path, model: "PortableModel", grader: "Grader", photographs: S
 
     from images.decode import failure_reason, load_image
     from portable import open_portable
-    from run.files import printable
+    from run.cli import printable
 
     predict, unreadable = open_portable(output, model), []
     decoded, plain = Differences(), Differences()
@@ -176,7 +176,7 @@ class Differences:
             self.largest, self.where = difference, photo
 
     def __str__(self) -> str:
-        from run.files import printable
+        from run.cli import printable
 
         where = f" ({printable(self.where)})" if self.where else ""
         return (

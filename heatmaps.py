@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from explain import Explanation, explain_predictions, overlay
 from model import Model
-from run.cli import first_line
-from run.files import atomic_write, printable
+from run.cli import first_line, printable
+from run.files import atomic_write
 
 PANEL, MARGIN, BAR, BAR_LABEL, LINE, FONT_SIZE = 336, 8, 18, 48, 20, 14  # pixels of a figure
 MAX_NAME_BYTES = 100  # of the photograph's own name; some file systems allow 143 in all

@@ -24,8 +24,8 @@ from images.decode_ahead import DecodedBatches
 from images.device_batches import DeviceBatches
 from images.folders import natural_key
 from model import Model, load_checkpoint, weights_do_not_fit
-from run.cli import UserError
-from run.files import decimal, printable, probability_columns, read_json, read_predictions, valid_text
+from run.cli import UserError, printable
+from run.files import decimal, probability_columns, read_json, read_predictions, valid_text
 from run.folder import FOLDS_FILE
 from run.machine import choose_device, out_of_memory_reason, set_float32_precision
 from run.saver import BEST

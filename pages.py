@@ -21,9 +21,9 @@ from images.folders import ImageIndex
 from images.leakage import DUPLICATES_FILE, has_subjects
 from metrics import ECE_BINS, confusion_metrics, format_with_interval
 from model import Model
-from run.cli import attempt
+from run.cli import attempt, printable
 from run.environment import ENVIRONMENT_FILE
-from run.files import atomic_write, printable, read_json, read_predictions, read_rows, shortened
+from run.files import atomic_write, read_json, read_predictions, read_rows, shortened
 from run.saver import BEST
 from subgroups import METRICS as SUBGROUP_METRICS
 from subgroups import TOO_FEW

@@ -267,7 +267,7 @@ class Summary:
 
     def print(self, output: str) -> int:
         """-> exit status: 1 if photographs cannot be read."""
-        from run.files import printable
+        from run.cli import printable
 
         if self.counts:
             shown = sorted(self.counts, key=self.grader.classes.index)[:MAX_LISTED]

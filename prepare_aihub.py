@@ -127,7 +127,7 @@ def make_crops(archives: "Archives", found: "Found", targets: "Sequence[Target]"
         write_table,
     )
     from images.decode import limit_image_size
-    from run.files import printable
+    from run.cli import printable
 
     folder, class_target = Path(args.output), targets[0] if args.class_folders else None
     limit_image_size(MAX_MEGAPIXELS)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from metrics import CHUNK, INTERVAL, RESAMPLES, Bootstrap, confusion_metrics, format_with_interval
-from run.cli import UserError
-from run.files import printable, write_csv
+from run.cli import UserError, printable
+from run.files import write_csv
 
 SUBGROUPS_FILE = "subgroups.csv"
 METRICS = {"balanced_acc": "balanced accuracy", "macro_f1": "macro F1", "acc": "accuracy"}

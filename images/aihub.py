@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from images.archives import Archives, DamagedMember, Member
 from images.formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
-from run.cli import UserError, progress_bar
+from run.cli import UserError, printable, progress_bar
 from run.cores import num_cores
-from run.files import printable
 
 LABEL = ".json"
 EXTENSIONS = (LABEL, *IMAGE_EXTENSIONS, *HEIF_EXTENSIONS)

@@ -31,8 +31,8 @@ from images.archives import Archives, Member
 from images.decode import image_size_limit, load_image
 from images.folders import file_stat
 from images.formats import HEAD_BYTES, describe_content
-from run.cli import UserError, progress_bar
-from run.files import atomic_write, csv_writer, printable
+from run.cli import UserError, printable, progress_bar
+from run.files import atomic_write, csv_writer
 from run.folder import is_inside
 
 SKIPPED_COLUMNS = ("label", "photograph", "reason")

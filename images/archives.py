@@ -22,8 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from images.folders import images_below, print_left_out
 from images.layout import SYSTEM_NAMES
-from run.cli import UserError
-from run.files import printable
+from run.cli import UserError, printable
 
 ZIP, TAR, PART = ".zip", ".tar", re.compile(r"\.part\d+")  # PART: extension of a piece of a divided archive
 PIECE = re.compile(r"(.+\.zip)\.part(\d+)", re.IGNORECASE | re.DOTALL)

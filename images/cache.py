@@ -19,9 +19,9 @@ import numpy as np
 
 from images.decode import FACTS, ONE_COLOR, TOO_DARK, decode, failure_reason
 from images.folders import ImageIndex, Paths, file_stat
-from run.cli import UserError, progress_bar
+from run.cli import UserError, printable, progress_bar
 from run.cores import num_cores
-from run.files import atomic_write, printable
+from run.files import atomic_write
 from run.surroundings import user_folder
 
 FORMAT_VERSION = 3  # increase it when the cache's files change, or how a photograph becomes pixels

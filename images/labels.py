@@ -24,8 +24,8 @@ from images.layout import SPLIT_NAMES, enumerated
 from images.leakage import check_subjects
 from images.names import AMBIGUOUS, MISSING, match_names, similar_name
 from images.tables import FLAG, Table, read_tables
-from run.cli import UserError
-from run.files import PREDICTION_COLUMNS, printable
+from run.cli import UserError, printable
+from run.files import PREDICTION_COLUMNS
 from run.folder import check_is_folder
 
 # what a column is called when no flag names it, in any case

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from run.files import printable
+from run.cli import printable
 
 MISSING, AMBIGUOUS = -1, -2
 

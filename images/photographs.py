@@ -7,8 +7,7 @@ from pathlib import Path
 
 from images.folders import Paths, images_below, print_left_out, with_real_paths
 from images.formats import HEIF_EXTENSIONS, IMAGE_EXTENSIONS
-from run.cli import UserError
-from run.files import printable
+from run.cli import UserError, printable
 
 
 def find_photographs(names: Sequence[str | Path], flag: str) -> Paths:

@@ -22,8 +22,7 @@ from images.labels import check_columns, index_table, photographs_below, read_la
 from images.layout import SPLIT_NAMES
 from images.leakage import check_subjects, subjects_of, warn_of_grouped_names, warn_of_nameless_subjects
 from images.table_state import with_table
-from run.cli import UserError
-from run.files import printable
+from run.cli import UserError, printable
 from run.ranks import from_first, from_first_here, is_on_first_machine
 from utils import class_balanced_weights, effective_number
 

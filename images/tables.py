@@ -10,8 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from run.cli import UserError, first_line
-from run.files import printable
+from run.cli import UserError, first_line, printable
 from run.folder import check_is_file
 
 FLAG = "--labels"

@@ -126,7 +126,9 @@ def left_trial(folder, owner):
     return trial
 
 
-@pytest.mark.parametrize("owner", [f"{socket.gethostname()}:{os.getpid()}", "another:17"])
+@pytest.mark.parametrize(
+    "owner", [f"{socket.gethostname()}:{os.getpid()}", "another:17"], ids=["same process id", "another host name"]
+)
 def test_a_restarted_search_resumes_its_trial_even_if_that_may_be_of_another_search(
     tmp_path, monkeypatch, capsys, owner
 ):
