@@ -19,7 +19,7 @@ from flags import (
     WHOLE_CORRECTION,
     build_parser,
 )  # fmt: skip
-from images.layout import take_splits
+from images.layout import SPLIT_NAMES, take_splits
 from run.cli import Parser, UserError
 from run.folder import check_is_file, check_is_folder, prefixed
 from run.ranks import num_ranks
@@ -123,16 +123,24 @@ def _replaced(config_words, words):
 
 
 def _other_splits(config_words, words):
-    """`val_dirs` and `test_dirs` of a file that lie beside its `data_dirs`, as those of `--data_dirs D` with D/val do:
-    they are splits of that data, and give way to `--data_dirs` of the command line."""
-    if "data_dirs" not in explicit_flags(words):
+    """`val_dirs` and `test_dirs` of a file that are the D/val and D/test of its `--data_dirs D`: they give way to other
+    `--data_dirs` of the command line."""
+    in_file, given = explicit_flags(_joined(config_words, ())), explicit_flags(words)
+
+    def folders(flags, name):
+        return [os.path.abspath(folder) for folder in flags.get(name, [])]
+
+    former = folders(in_file, "data_dirs")
+    if "data_dirs" not in given or folders(given, "data_dirs") == former:
         return set()
-    in_file = explicit_flags(_joined(config_words, ()))
+    parents = set(map(os.path.dirname, former))
 
-    def parents(name):
-        return {os.path.dirname(os.path.normpath(folder)) for folder in in_file.get(name, [])}
+    def is_split(folder):
+        return os.path.dirname(folder) in parents and os.path.basename(folder).casefold() in SPLIT_NAMES
 
-    return {name for name in ("val_dirs", "test_dirs") if name in in_file and parents(name) <= parents("data_dirs")}
+    return {
+        name for name in ("val_dirs", "test_dirs") if name in in_file and all(map(is_split, folders(in_file, name)))
+    }
 
 
 def _joined(words_of, left_out):

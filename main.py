@@ -147,12 +147,12 @@ def train(args: argparse.Namespace, checkpoint: dict | None, device: "torch.devi
         if not is_first():
             return
         write_json(run_dir / "results.json", {**results, "epochs": progress.epoch + 1})  # the run is finished
+        wandb_run.log_results(progress, results, splits["test"], probabilities["test"], run_dir / BEST)
         curves = run_dir / "curves.png", progress.history, results["best_epoch"], [stage.start for stage in stages[1:]]
         attempt(lambda: plot_curves(*curves), "no curves.png")
         warn_of_early_best(results["best_epoch"], stages)
         print_results(results, run_dir)
         write_report(run_dir, splits, probabilities, engine.evaluated)
-        wandb_run.log_results(progress, results, splits["test"], probabilities["test"], run_dir / BEST)
 
 
 def train_and_validate(

@@ -53,6 +53,7 @@ class WandbRun:
         self.id = args.wandb_id or (checkpoint and checkpoint["wandb_id"])
         self._num_images, self._resize, self._with_artifact = args.wandb_images, args.resize, args.wandb_artifact
         self._run, self._has_failed = None, False
+        self._has_results = False  # the run is finished, and if it is stopped, only its report is lacking
         if args.wandb_mode == "disabled":
             if args.wandb_id:
                 print("W&B: disabled; --wandb_id is only stored in the checkpoints (to log, add --wandb_mode online)")
@@ -209,6 +210,7 @@ class WandbRun:
         progress: `Progress`; results: as in `results.json`; test: N images; probabilities: (N, C); best_model: path of
         the checkpoint.
         """
+        self._has_results = True
         if self._is_active():
             with self._never_stopping_the_training():
                 self._log_results(progress, results, test, probabilities)
@@ -257,12 +259,14 @@ class WandbRun:
 
     def __exit__(self, error_type, error, traceback):
         if self._run:
+            stopped = error if isinstance(error, Stopped) else None
             in_a_sweep = "WANDB_SWEEP_ID" in os.environ and self._is_active()
-            if in_a_sweep and isinstance(error, Stopped) and error.number == signal.SIGTERM:
+            if in_a_sweep and stopped and stopped.number == signal.SIGTERM and not self._has_results:
                 with self._never_stopping_the_training():
                     if not self._was_stopped_by_sweep():
                         self._run.mark_preempting()  # the sweep hands it out again
-            self._finish(error if isinstance(error, Stopped) else None, int(error is not None))
+            exit_code = stopped.status if stopped else int(error is not None)
+            self._finish(stopped, 0 if stopped and self._has_results else exit_code)
 
     def _finish(self, stopped, exit_code):
         offline, folder, is_complete = self._run.offline, Path(self._run.dir).parent, True
@@ -270,7 +274,6 @@ class WandbRun:
         limit = STOP_TIMEOUT_S if stopped else (self._run.settings.finish_timeout or math.inf) + TEAR_DOWN_TIMEOUT_S
         give_up = _after(limit, stopped or TimeoutError())
 
-        exit_code = stopped.status if stopped else exit_code
         try:
             try:  # in a thread: the client itself does not end its wait at a signal
                 call_in_thread(lambda: self._run.finish(exit_code=exit_code), give_up)

@@ -24,7 +24,7 @@ from run.cores import num_cores
 from run.files import atomic_write
 from run.surroundings import user_folder
 
-FORMAT_VERSION = 3  # increase it when the cache's files change, or how a photograph becomes pixels
+FORMAT_VERSION = 4  # increase it when the cache's files change, or how a photograph becomes pixels
 CHUNK_BYTES = 256 * 2**20  # of pixels decoded at once, at most
 SAVE_SECONDS = 30  # a process that is killed while filling the cache loses at most this much work
 INDEX_FILE = "index.npz"

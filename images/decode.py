@@ -21,7 +21,7 @@ from images.metadata import copies_without_metadata, is_turned, turn_upright
 from run.cli import UserError
 
 # increase it when a photograph becomes other pixels, and FORMAT_VERSION in images/cache.py with it
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 # what is known of an image besides its pixels: the longer side divided by the shorter; ONE_COLOR and TOO_DARK
 FACTS = np.dtype([("aspect", np.float32), ("notes", np.uint8)])
 ONE_COLOR, TOO_DARK = 1, 2  # all pixels are the same; it is probably of fewer bits than its file claims

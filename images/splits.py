@@ -27,6 +27,7 @@ from run.ranks import from_first, from_first_here, is_on_first_machine
 from utils import class_balanced_weights, effective_number
 
 MAX_DENOMINATOR = 10  # subjects stay together: a share of --split is made up of at most this many folds
+MAX_DRAWS = 10  # of subjects; the first is nearly always enough
 MAX_LISTED = 100  # lost images
 ALL_FOLDERS = "--data_dirs / --val_dirs / --test_dirs"
 
@@ -158,12 +159,16 @@ def stratified_split(
     """
     names = [split for split in SPLITS if split not in separate]
     shares = [share for split, share in zip(SPLITS, shares, strict=True) if split in names]
-    rest, parts, share_left = np.arange(len(index)), [], sum(shares)
-    for share in reversed(shares[1:]):
-        rest, chosen = _take_share(rest, share / share_left, index.targets, subjects, seed)
-        parts.insert(0, chosen)
-        share_left -= share
-    parts = _mended([rest, *parts], index.targets, subjects)
+
+    def draw(seed):
+        rest, parts, share_left = np.arange(len(index)), [], sum(shares)
+        for share in reversed(shares[1:]):
+            rest, chosen = _take_share(rest, share / share_left, index.targets, subjects, seed)
+            parts.insert(0, chosen)
+            share_left -= share
+        return [_mended([rest, *parts], index.targets, subjects)]
+
+    (parts,) = _first_complete(draw, index, subjects, seed)
     return {split: index.subset(part) for split, part in zip(names, parts, strict=True)}
 
 
@@ -176,12 +181,26 @@ def fold_splits(
     subjects: as in `stratified_split`.
     """
     everything, targets, val_share = np.arange(len(index)), index.targets, shares[1] / (shares[0] + shares[1])
-    result = []
-    for test in _mended(_folds(everything, folds, targets, subjects, seed), targets, subjects):
-        rest = _take_share(np.setdiff1d(everything, test), val_share, targets, subjects, seed)
-        parts = *_mended(rest, targets, subjects), test
-        result.append({split: index.subset(part) for split, part in zip(SPLITS, parts, strict=True)})
-    return result
+
+    def draw(seed):
+        result = []
+        for test in _mended(_folds(everything, folds, targets, subjects, seed), targets, subjects):
+            rest = _take_share(np.setdiff1d(everything, test), val_share, targets, subjects, seed)
+            result.append([*_mended(rest, targets, subjects), test])
+        return result
+
+    drawn = _first_complete(draw, index, subjects, seed)
+    return [{split: index.subset(part) for split, part in zip(SPLITS, parts, strict=True)} for parts in drawn]
+
+
+def _first_complete(draw: Callable[[int], list[Sequence[np.ndarray]]], index, subjects, seed):
+    """The first draw, by seeds derived from `seed`, with every class in every part; else the last one. Without subjects
+    another draw would be the same in this."""
+    for number in range(MAX_DRAWS if subjects is not None else 1):
+        drawn = draw((seed + number * 1_000_003) % 2**32)
+        if all(len(np.unique(index.targets[part])) == len(index.classes) for parts in drawn for part in parts):
+            break
+    return drawn
 
 
 def _mended(parts, targets, subjects):

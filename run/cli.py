@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import atexit
 import csv
 import glob
 import math
@@ -12,6 +13,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,9 +108,15 @@ def end_process(status: int) -> NoReturn:
         thread.join(THREAD_SECONDS / len(others))
     if flushing.is_alive() or any(t.is_alive() for t in others) or multiprocessing.active_children():
         os._exit(status)
-    last = threading.Timer(EXIT_SECONDS, os._exit, [status])
-    last.daemon = True
-    last.start()
+    ending = threading.Event()
+
+    def end_anyway():
+        ending.wait()
+        time.sleep(EXIT_SECONDS)
+        os._exit(status)
+
+    threading.Thread(target=end_anyway, daemon=True).start()
+    atexit.register(ending.set)  # the first to be called: a shell that goes on after the command is not ended
     sys.exit(status)
 
 

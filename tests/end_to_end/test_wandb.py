@@ -140,17 +140,35 @@ def test_a_signal_waits_only_briefly_for_a_server_that_hangs(tmp_path, data_dir,
 
 
 def test_results_do_not_wait_for_a_server_that_hangs(tmp_path, data_dir, server):
-    env = {"cwd": tmp_path, **server.environment}
+    env = {"cwd": tmp_path, **server.environment, "WANDB_FINISH_TIMEOUT": "600"}
     process = start_thin_main("--data_dirs", data_dir, *TINY_FLAGS, "--epochs", 3, "--run_dir", tmp_path / "run", **env)
     while "W&B: http" not in process.stdout.readline():
         assert process.poll() is None
     server.hanging = True
-    while not process.stdout.readline().startswith("results saved"):
-        assert process.poll() is None
+    wait_for((tmp_path / "run" / "report.html").exists, seconds=PATIENCE)
     assert (tmp_path / "run" / "results.json").exists()
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 143
+
+
+def test_a_run_that_is_stopped_during_its_report_is_finished(tmp_path, data_dir, server):
+    program = tmp_path / "stopped.py"
+    program.write_text(f"""
+import signal, sys
+sys.path[:0] = [{str(THIN_MAIN.parent)!r}]
+import thin_main
+import pages, resnet_custom
+pages.write_report = lambda *_: signal.raise_signal(signal.SIGTERM)
+resnet_custom.resnet50 = thin_main.thin_resnet50
+thin_main.end_process(thin_main.main.main())
+""")
+    flags = ["--data_dirs", data_dir, *TINY_FLAGS, "--run_dir", tmp_path / "run"]
+    process = start_main(*flags, program=program, cwd=tmp_path, env=with_own_files(tmp_path, server.environment))
+    out, err = process.communicate(timeout=PATIENCE)
+    (run,) = server.runs.values()
+    assert process.returncode == 143 and "Traceback" not in out + err
+    assert run.state == "finished" and "test_macro_f1" in run.summary and (tmp_path / "run" / "results.json").exists()
 
 
 def run_printed_sync(out, env, folder):

@@ -1,6 +1,7 @@
 """Parsing a command line of main.py: contradictions, inherited flags, folders."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -176,7 +177,7 @@ def test_args_json_of_a_run_is_a_config_but_for_what_concerns_only_that_run(data
 
 
 def test_splits_beside_the_data_of_a_config_give_way_to_other_data(tmp_path, write_config):
-    for name in ("a/train", "a/val", "a/test", "b/train", "b/val", "b/test", "c", "clinic"):
+    for name in ("a/train", "a/val", "a/test", "b/train", "b/val", "b/test", "c"):
         (tmp_path / name / "0").mkdir(parents=True)
     trained = vars(parse_flags(["--data_dirs", str(tmp_path / "a")]))
     assert trained["val_dirs"] == [str(tmp_path / "a" / "val")]
@@ -186,9 +187,13 @@ def test_splits_beside_the_data_of_a_config_give_way_to_other_data(tmp_path, wri
     assert (args.val_dirs, args.test_dirs) == ([str(tmp_path / "b" / "val")], [str(tmp_path / "b" / "test")])
     args = parse_flags([*config, "--data_dirs", str(tmp_path / "c")])
     assert (args.val_dirs, args.test_dirs) == (None, None)
-    config = write_config(json.dumps({**trained, "test_dirs": [str(tmp_path / "clinic")]}), "args.json")
+    args = parse_flags([*config, "--data_dirs", str(tmp_path / "a" / "train")])
+    assert args.val_dirs == trained["val_dirs"]
+    own = [str(tmp_path / "a" / "clinic")]  # beside the data, but no split of them
+    os.mkdir(own[0])
+    config = write_config(json.dumps({**trained, "test_dirs": own}), "args.json")
     args = parse_flags([*config, "--data_dirs", str(tmp_path / "b" / "train")])
-    assert (args.val_dirs, args.test_dirs) == (None, [str(tmp_path / "clinic")])
+    assert (args.val_dirs, args.test_dirs) == (None, own)
 
 
 @pytest.mark.parametrize(

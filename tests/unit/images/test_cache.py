@@ -229,13 +229,13 @@ def test_a_process_stopped_while_filling_loses_only_seconds_of_work(tmp_path, nu
     process.send_signal(number)
     process.communicate()
     assert process.returncode != 0
-    kept = len(CacheIndex(tmp_path / "cache" / "16px_v3", (0, SIZE, SIZE, 3)))
+    kept = len(CacheIndex(tmp_path / "cache" / "16px_v4", (0, SIZE, SIZE, 3)))
     assert 0 < kept < 400
     cache, rows, reasons = fill(tmp_path / "cache", photos)
     assert not reasons
     check_pixels(cache, rows, photos)
     assert pixel_file(tmp_path / "cache").stat().st_size == 400 * ROW
-    assert {path.suffix for path in (tmp_path / "cache" / "16px_v3").iterdir()} == {"", ".npz", ".pixels"}
+    assert {path.suffix for path in (tmp_path / "cache" / "16px_v4").iterdir()} == {"", ".npz", ".pixels"}
 
 
 def test_processes_that_fill_the_cache_at_once_do_not_disturb_each_other(tmp_path):
@@ -318,7 +318,7 @@ def public_folder():
 def test_a_read_only_cache_is_used_and_left_unchanged(public_folder):
     photos = list(map(str, write_images(public_folder / "photos", 12)))
     fill(public_folder / "cache", photos[:8])
-    folder = public_folder / "cache" / "16px_v3"
+    folder = public_folder / "cache" / "16px_v4"
     for path in [*folder.iterdir(), folder]:
         path.chmod(0o555)
 
