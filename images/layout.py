@@ -14,7 +14,7 @@ from typing import Any
 
 from flags import SPLITS
 from run.cli import UserError
-from run.folder import FOLDS_FILE, LOCK_FILE
+from run.folder import LOCK_FILE, STUDY_FILES
 
 # what file servers, operating systems and tools add to a user's folders, in lower case
 SYSTEM_NAMES = frozenset({
@@ -33,7 +33,6 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 RUN_FILES = {"splits.json", "history.csv", "results.json"}  # beside args.json
-STUDY_FILES = {FOLDS_FILE, "ablation.json"}
 TRIAL_LOG = re.compile(r"trial_\d{4,}\.log")  # of a search
 LOCK_TEXT = re.compile(r"process \d+ on ")  # what a run writes into its lock
 CACHE_NAME, CACHE_FILES = re.compile(r"\d+px(_[a-z]+)?_v\d+"), {"index.npz", "lock"}

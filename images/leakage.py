@@ -6,7 +6,6 @@ Subjects are read from file names; near-duplicate photographs are found by a per
 import itertools
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 
 from images.folders import ImageIndex, file_stat
+from images.names import composed
 from run.cli import UserError, attempt
 from run.cores import num_cores
 from run.files import write_json
@@ -53,7 +53,7 @@ def subject_ids(paths: Iterable[str], pattern: str | None) -> np.ndarray | None:
 
 def subject_names(paths: Iterable[str], pattern: str) -> list[str]:
     """-> the N names of the images' subjects; see `subject_ids`."""
-    regex = re.compile(unicodedata.normalize("NFC", pattern))
+    regex = re.compile(composed(pattern))
     found = map(regex.search, map(_composed_name, paths))
     names = [match and match[1 if regex.groups else 0] for match in found]
     missing = [path for path, name in zip(paths, names, strict=True) if not name]
@@ -79,13 +79,12 @@ def subjects_of(index: ImageIndex, pattern: str | None) -> np.ndarray | None:
 
 
 def _names_in_table(index):
-    names = (unicodedata.normalize("NFC", name) for name in index.columns[index.subject_column])
+    names = map(composed, index.columns[index.subject_column])
     return [name or path for name, path in zip(names, index.paths, strict=True)]
 
 
 def _composed_name(path):
-    """The name of a file, the same from macOS, which stores letters and their parts one by one, and from elsewhere."""
-    return unicodedata.normalize("NFC", os.path.basename(path))
+    return composed(os.path.basename(path))
 
 
 def has_subjects(flags: Mapping[str, Any], results: Mapping[str, Any]) -> bool:

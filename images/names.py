@@ -22,12 +22,12 @@ def match_names(
     path below its data folder, or its end, or what ends with that, as on another computer; the first of these counts.
     Time and memory grow with the number of cells and images, however many images have the same name.
     """
-    paths = [_composed(path).replace(os.sep, "/") for path in paths]
-    folders = [_composed(os.path.join(folder, "")).replace(os.sep, "/") for folder in folders]
+    paths = [composed(path).replace(os.sep, "/") for path in paths]
+    folders = [composed(os.path.join(folder, "")).replace(os.sep, "/") for folder in folders]
     full, without_extension = _Names(paths, folders), None
     found, ambiguous = np.full(len(cells), MISSING, np.int64), {}
     for row, cell in enumerate(cells):
-        cell = _composed(cell)
+        cell = composed(cell)
         cell = cell.replace("\\", "/") if "\\" in cell else cell
         name, names = cell.rpartition("/")[2], full
         if name and name not in full.by_name:
@@ -43,7 +43,8 @@ def match_names(
     return found, ambiguous
 
 
-def _composed(name):
+def composed(name: str) -> str:
+    """-> a name in composed form (NFC), as all systems but macOS write it"""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -103,10 +104,10 @@ def similar_name(missing: Sequence[str], paths: Iterable[str]) -> str:
     """-> for a message: an image whose name differs from a missing one in extension or case, "" if there is none."""
     names = {}
     for path in paths:
-        name = _composed(os.path.basename(path))
+        name = composed(os.path.basename(path))
         names.setdefault(os.path.splitext(name)[0].casefold(), name)
     for cell in missing:
-        name = _composed(cell).replace("\\", "/").rpartition("/")[2]
+        name = composed(cell).replace("\\", "/").rpartition("/")[2]
         for stem in (name, os.path.splitext(name)[0]):
             found = names.get(stem.casefold())
             if found and name not in (found, os.path.splitext(found)[0]):

@@ -206,7 +206,8 @@ def _first_complete(draw: Callable[[int], list[Sequence[np.ndarray]]], index, su
 def _mended(parts, targets, subjects):
     """Move single subjects, those with the fewest images first, into parts that lack their class, from parts that
     lack nothing without them: subjects are drawn whole, so that a rare class can be missing. -> the parts, sorted"""
-    if subjects is None or all(len(np.unique(targets[part])) == len(np.unique(targets)) for part in parts):
+    num_classes = len(np.unique(targets))
+    if subjects is None or all(len(np.unique(targets[part])) == num_classes for part in parts):
         return parts
     part_of = {subject: number for number, part in enumerate(parts) for subject in np.unique(subjects[part]).tolist()}
     positions = np.concatenate(parts)

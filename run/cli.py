@@ -21,7 +21,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
 from run.log import end_logs, keep_in_log, log_scope
-from run.signals import CALL, POLL_SECONDS, Signals, Stopped, takes_bytes
+from run.signals import CALL, POLL_SECONDS, STOP_SIGNALS, Signals, Stopped, takes_bytes
 from run.surroundings import (
     is_follower,
     launched_by_torchrun,
@@ -90,9 +90,8 @@ def end_process(status: int) -> NoReturn:
     A thread that still reads a file from a disk that does not answer, a reader of the log that does not read, or a
     process that a library waits for when Python ends, would keep the process for ever.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
     def flush():
         for stream in (sys.stdout, sys.stderr):

@@ -18,8 +18,9 @@ from run.cli import UserError
 LOCK_FILE = ".lock"  # in the folder of a run
 # in the folder of a cross-validation: its flags and images, and its results
 FOLDS_FILE, FOLDS_RESULTS = "folds_begun.json", "folds.json"
+STUDY_FILES = {FOLDS_FILE, "ablation.json"}  # what a cross-validation or an ablation begins with
 # any of these shows that a folder is that of runs: a copy may lack hidden files
-OF_RUNS = (LOCK_FILE, "*.pth", "args.json", FOLDS_FILE, "ablation.json")
+OF_RUNS = {LOCK_FILE, "*.pth", "args.json", *STUDY_FILES}
 
 
 @contextmanager
@@ -39,10 +40,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
         with suppress(OSError):  # a full disk, or Windows, which lets nobody write to a locked file
             lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except filelock.Timeout as error:
-        holder = ""
-        with suppress(OSError):  # some systems refuse to read a locked file
-            holder = lock_file.read_text().strip()
-        raise UserError(f"{folder} is in use by {holder or 'another process'}; wait for it or stop it") from error
+        raise UserError(f"{folder} is in use by {holder_of(folder)}; wait for it or stop it") from error
     except (OSError, NotImplementedError) as error:  # a full file system, or one without locks
         reason = getattr(error, "strerror", None) or error
         print(f"warning: {folder} cannot be locked ({reason}); do not start a second run in it", file=sys.stderr)
@@ -58,6 +56,13 @@ def locked(folder: str | Path) -> Iterator[Path]:
         raise
     finally:
         lock.release()
+
+
+def holder_of(folder: str | Path) -> str:
+    """-> the process that has locked the folder of a run, in words"""
+    with suppress(OSError):  # some systems refuse to read a locked file
+        return Path(folder, LOCK_FILE).read_text().strip() or "another process"
+    return "another process"
 
 
 def _has_checkpoint(folder):

@@ -12,6 +12,8 @@ from typing import Any
 
 from run.surroundings import is_follower, launched_by_torchrun
 
+# that stop a run; Windows lacks SIGHUP
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 POLL_SECONDS = 0.5
 CALL = "call_in_thread"  # name of the threads, which may never end
 SECOND_SIGNAL_S = 1  # sooner, it is the same signal sent twice: to the process and to its process group
@@ -41,9 +43,9 @@ class Signals:
         self._stopped_by, self._stopped_at, self._deferred = None, 0.0, False
 
     def __enter__(self):
-        stops = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), self._on_stop)
-        handlers = {**stops, "SIGUSR1": self._on_save}
-        handlers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+        handlers = dict.fromkeys(STOP_SIGNALS, self._on_stop)
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = self._on_save
         self._previous = {
             number: signal.signal(number, handler)
             for number, handler in handlers.items()

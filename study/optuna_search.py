@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from data_flags import PATH_FLAGS
 from flag_checks import with_config
 from flag_queries import flag_of, is_neutral
-from flags import BEST_METRICS
+from flags import BEST_METRICS, complete_flags
 from flags import build_parser as build_main_parser
 from run.cli import UserError, first_line
 from run.files import read_rows, valid_text
@@ -176,10 +176,9 @@ class Search:
 
     def _check_and_record_settings(self, study):
         """Raise UserError if the study was started with another sweep or other flags, else note them in it."""
-        defaults = vars(build_main_parser().parse_args([]))
 
         def by_name(settings):
-            flags = {f"--{name}": value for name, value in {**defaults, **settings["flags"]}.items()}
+            flags = {f"--{name}": value for name, value in complete_flags(settings["flags"]).items()}
             return {key: settings.get(key) for key in ("parameters", "metric", "method")} | flags
 
         settings = self._settings()

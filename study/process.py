@@ -17,9 +17,9 @@ from flag_queries import flag_of
 from flags import build_parser
 from run.cli import UserError
 from run.cores import num_cores
-from run.folder import LOCK_FILE, locked
+from run.folder import holder_of, locked
 from run.saver import LAST, PREVIOUS
-from run.signals import Signals, call_in_thread
+from run.signals import STOP_SIGNALS, Signals, call_in_thread
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 # flags of main.py that the program that starts a run sets itself, or that make no sense for its runs
@@ -27,7 +27,6 @@ RESERVED_FLAGS = frozenset({
     "run_dir", "resume", "auto_resume", "output_dir", "eval_only", "check_data", "demo", "folds", "fold",
 })  # fmt: skip
 SET_PER_RUN = "is set separately for each run or not supported here; omit this flag"
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 POLL_SECONDS = 1
 STOP_SECONDS = 300  # for a process to save and end; after that it is killed
 ANSWER_SECONDS = 10  # for a database to answer after a signal, once all processes have ended
@@ -203,7 +202,7 @@ class ProcessPool:
         if not is_in_use(folder):
             self._asked_at.pop(folder, None)
             return False
-        holder = _holder_of(folder)
+        holder = holder_of(folder)
         self.left_over[folder] = f"waiting for {holder}, which still works in {folder}"
         if folder not in self._asked_at:
             self._asked_at[folder] = time.monotonic()
@@ -218,7 +217,7 @@ class ProcessPool:
         for folder in self.left_over:
             if time.monotonic() - self._asked_at[folder] > STOP_SECONDS:
                 raise UserError(
-                    f"{folder} is in use by {_holder_of(folder)}, which has not ended within {STOP_SECONDS / 60:.0f} "
+                    f"{folder} is in use by {holder_of(folder)}, which has not ended within {STOP_SECONDS / 60:.0f} "
                     "minutes; stop it, then repeat this command"
                 )
 
@@ -237,13 +236,6 @@ def is_in_use(run_dir: str | Path) -> bool:
             return False
     except UserError:
         return True
-
-
-def _holder_of(run_dir):
-    """-> the process that works in a run's folder, in words"""
-    with suppress(OSError):  # some systems refuse to read a locked file
-        return Path(run_dir, LOCK_FILE).read_text().strip() or "another process"
-    return "another process"
 
 
 def keep_best_model_only(run_dir: str | Path) -> None:
